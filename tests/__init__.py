@@ -1,0 +1,1 @@
+"""The tests mirror ``src/flash_reformer`` room for room; ``house.py`` holds the rules of the house itself."""
