@@ -1,0 +1,108 @@
+"""Angular locality-sensitive hashing (Reformer, section 2; Andoni et al., 2015).
+
+Letters: B batch, T positions, H heads, D head size, R rounds, M = sum(bucket factors) / 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MASK_64 = (1 << 64) - 1
+
+
+def derive_seed(seed: int, *path: int) -> int:
+    """Return a seed in ``[0, 2**63)`` that is a fixed, well-mixed function of ``seed`` and ``path``.
+
+    One number drawn per forward is the root of all of that forward's private randomness; each consumer names its
+    own branch (say, layer 3's rotations), so no two share a stream and nothing needs to be stored to replay one.
+
+    >>> derive_seed(1, 0) == derive_seed(1, 0), derive_seed(1, 0) == derive_seed(1, 1)
+    (True, False)
+    """
+    state = seed & _MASK_64
+    for step in path:
+        # splitmix64 (Steele et al., 2014): a bijection whose outputs pass statistical tests from any counter.
+        state = (state + (step + 1) * 0x9E3779B97F4A7C15) & _MASK_64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK_64
+        state ^= state >> 31
+    return state >> 1
+
+
+def automatic_num_buckets(length: int, chunk_length: int, max_position_embeddings: int) -> list[int]:
+    """Return the bucket factors that ``num_buckets=None`` stands for at ``length`` (padded) positions.
+
+    About two chunks' worth of tokens share a bucket; a large count is factorised so that the rotations stay small.
+
+    >>> automatic_num_buckets(1024, 64, 4096), automatic_num_buckets(2**19, 64, 2**19)
+    ([32], [128, 128])
+    """
+    power = max(1, (2 * (length // chunk_length)).bit_length() - 1)
+    limit = 2 * max(math.isqrt(max_position_embeddings // chunk_length), chunk_length)
+    if 2**power <= limit:
+        return [2**power]
+    return [2 ** (power // 2), 2 ** (power - power // 2)]
+
+
+def draw_rotations(
+    seed: int,
+    num_heads: int,
+    head_size: int,
+    num_hashes: int,
+    bucket_factors: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Draw the random rotations ``[H, D, R, M]``, i.i.d. N(0, 1), from a private generator seeded with ``seed``.
+
+    The user's own random state does not move. With the same seed, dtype and device the numbers equal those of
+    ``torch.manual_seed(seed)`` followed by ``torch.randn`` of that shape.
+    """
+    generator = torch.Generator(device=device)
+    generator.manual_seed(seed)
+    shape = (num_heads, head_size, num_hashes, sum(bucket_factors) // 2)
+    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+
+def bucket_dtype(bucket_factors: Sequence[int]) -> torch.dtype:
+    """Return the narrowest dtype that holds every bucket id, the extra one for masked positions included.
+
+    >>> bucket_dtype([32766]), bucket_dtype([32768])
+    (torch.int16, torch.int32)
+    """
+    return torch.int16 if math.prod(bucket_factors) + 1 <= 2**15 else torch.int32
+
+
+def hash_vectors(
+    vectors_BTHD: Tensor,
+    rotations_HDRM: Tensor,
+    bucket_factors: Sequence[int],
+    mask_BT: Tensor | None = None,
+) -> Tensor:
+    """Return the bucket of every vector in every round, ``[B, H, R, T]`` of :func:`bucket_dtype`.
+
+    Per factor, ``argmax([x·rot ; -x·rot])``, the lowest index on ties; factors combine as digits, the first one
+    least significant. Where ``mask_BT`` is False the id is ``K``, one past the last bucket, so that a sort puts
+    masked positions at the end of their round. Carries no gradient.
+
+    >>> x = torch.tensor([[[[3.0, 1.0]], [[-1.0, -2.0]]]])          # two positions, one head
+    >>> hash_vectors(x, torch.eye(2).view(1, 2, 1, 2), [4]).tolist()  # axes +x, +y, -x, -y
+    [[[[0, 3]]]]
+    """
+    vectors_BHTD = vectors_BTHD.detach().transpose(1, 2)
+    rotated_BHRTM = torch.einsum("bhtd,hdrm->bhrtm", vectors_BHTD, rotations_HDRM)
+    widths = [factor // 2 for factor in bucket_factors]
+    buckets_BHRT: Tensor | None = None
+    stride = 1
+    for factor, rotated in zip(bucket_factors, rotated_BHRTM.split(widths, dim=-1), strict=True):
+        digit = torch.cat([rotated, -rotated], dim=-1).argmax(dim=-1)
+        buckets_BHRT = digit if buckets_BHRT is None else buckets_BHRT + stride * digit
+        stride *= factor
+    assert buckets_BHRT is not None
+    if mask_BT is not None:
+        buckets_BHRT = buckets_BHRT.masked_fill(~mask_BT[:, None, None, :], stride)
+    return buckets_BHRT.to(bucket_dtype(bucket_factors))

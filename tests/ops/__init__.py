@@ -1,0 +1,1 @@
+"""The operations, each against a definition written as loops (``definitions.py``), and the laws they obey."""
