@@ -1,0 +1,114 @@
+"""One layer of the stack: attention and feed-forward as the two branches of a reversible block."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flash_reformer.layers.attention import ReformerAttention
+from flash_reformer.layers.call import Call
+from flash_reformer.layers.norm import LayerNorm
+from flash_reformer.reversible import Branch, Record, Streams, plain_block, reversible_block
+
+
+class ReformerFeedForwardDense(nn.Module):
+    """Widen, drop, activate."""
+
+    def __init__(self, config: Any, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.feed_forward_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.act_fn = activation
+
+    def forward(self, hidden_BTE: Tensor) -> Tensor:
+        """Map ``[B, T, E]`` to ``[B, T, feed_forward_size]``."""
+        return self.act_fn(self.dropout(self.dense(hidden_BTE)))
+
+
+class ReformerFeedForwardOutput(nn.Module):
+    """Narrow, drop."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.feed_forward_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_BTX: Tensor) -> Tensor:
+        """Map ``[B, T, feed_forward_size]`` to ``[B, T, E]``."""
+        return self.dropout(self.dense(hidden_BTX))
+
+
+class ReformerFeedForward(nn.Module):
+    """The feed-forward branch of a block: norm, widen, activate, narrow. Positions do not meet in it."""
+
+    def __init__(self, config: Any, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dense = ReformerFeedForwardDense(config, activation)
+        self.output = ReformerFeedForwardOutput(config)
+
+    def forward(self, hidden_BTE: Tensor) -> Tensor:
+        """Map ``[B, T, E]`` to ``[B, T, E]``."""
+        return self.output(self.dense(self.layer_norm(hidden_BTE)))
+
+
+@contextlib.contextmanager
+def _in_modes(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Put modules into these modes, and back: between a forward and its replay somebody may call ``eval()``."""
+    changed = [(module, training) for module, training in modes if module.training != training]
+    for module, training in changed:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, training in changed:
+            module.training = not training
+
+
+class ReformerLayer(nn.Module):
+    """``y1 = x1 + Attention(x2)``, ``y2 = x2 + FeedForward(y1)`` (Reformer, section 3)."""
+
+    def __init__(self, config: Any, layer_id: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.chunk_size_feed_forward: int = config.chunk_size_feed_forward
+        self.attention = ReformerAttention(config, layer_id)
+        self.feed_forward = ReformerFeedForward(config, activation)
+
+    def branches(self, call: Call, head_mask_H: Tensor | None) -> tuple[Branch, Branch]:
+        """Return the two residual branches as this call sees them, its modules' modes (train or eval) included."""
+        modes = [(module, module.training) for module in self.modules()]
+
+        def run_attention(x: Tensor, record: Record | None, head_mask_H: Tensor | None = None) -> tuple[Tensor, Record]:
+            with _in_modes(modes):
+                return self.attention(x, call, head_mask_H, record)
+
+        def run_feed_forward(x: Tensor, record: Record | None) -> tuple[Tensor, Record]:
+            with _in_modes(modes):
+                return self.feed_forward(x), ()
+
+        sides = () if head_mask_H is None else (head_mask_H,)
+        return Branch(run_attention, sides), Branch(run_feed_forward, chunk_size=self.chunk_size_feed_forward)
+
+    def forward(
+        self, streams: Streams, call: Call, head_mask_H: Tensor | None = None, with_probs: bool = False
+    ) -> tuple[Streams, Tensor | None]:
+        """Map the pair of streams ``[B, T, E]``; reversibly where they come with a channel, else by plain autograd.
+
+        ``with_probs`` also returns the attention probabilities; it needs streams without a channel.
+        """
+        attention, feed_forward = self.branches(call, head_mask_H)
+        if streams.channel is not None:
+            assert not with_probs, "probabilities would have to be stored"
+            return reversible_block(attention, feed_forward, streams, lambda: list(self.parameters())), None
+        after, record = plain_block(attention, feed_forward, streams)
+        probs = self.attention.probs(streams.x2, call, head_mask_H, record) if with_probs else None
+        return after, probs
+
+    def wants_gradients(self, streams: Streams, head_mask_H: Tensor | None) -> bool:
+        """Whether anything that enters this layer requires a gradient."""
+        tensors = [streams.x1, streams.x2, *([] if head_mask_H is None else [head_mask_H])]
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *self.parameters()))

@@ -1,0 +1,47 @@
+"""What one forward call knows and every layer needs. It travels as an argument; nothing of it lives on a module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from flash_reformer.functional import derive_seed
+
+
+@dataclass(frozen=True)
+class Call:
+    """The facts of one forward call.
+
+    Attributes:
+        mask_BT: bool, True at real tokens; None where all are real.
+        num_hashes: hash rounds of the LSH layers.
+        bucket_factors: factors of the bucket count, their product the number of buckets.
+        rotation_seed: the seed that every LSH layer uses as it is (``config.hash_seed``); None derives one per layer.
+        seed: the root of this call's private randomness; None where the call needs none.
+        exact: every layer attends exactly, whatever its chunk length.
+        backend: which implementation of the operations to use.
+    """
+
+    mask_BT: Tensor | None
+    num_hashes: int
+    bucket_factors: tuple[int, ...]
+    rotation_seed: int | None
+    seed: int | None
+    exact: bool
+    backend: str
+
+    def seed_for_rotations(self, layer_idx: int) -> int:
+        """Return the seed of layer ``layer_idx``'s hash rotations."""
+        if self.rotation_seed is not None:
+            return self.rotation_seed
+        assert self.seed is not None, "a call without hash_seed draws a seed"
+        return derive_seed(self.seed, layer_idx, 0)
+
+    def dropout(self, p: float, layer_idx: int, training: bool) -> dict[str, Any]:
+        """Return the arguments that switch layer ``layer_idx``'s attention dropout on, or off outside training."""
+        if not training or p == 0.0:
+            return {"dropout_p": 0.0, "dropout_seed": None}
+        assert self.seed is not None, "a call in training draws a seed"
+        return {"dropout_p": p, "dropout_seed": derive_seed(self.seed, layer_idx, 1)}

@@ -1,0 +1,84 @@
+"""The stack of layers: the one place that decides where a reversible chain opens, keeps and closes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from flash_reformer.layers.block import ReformerLayer
+from flash_reformer.layers.call import Call
+from flash_reformer.layers.norm import LayerNorm
+from flash_reformer.reversible import Streams, close_channel, keep, open_channel, start
+
+
+class ReformerEncoder(nn.Module):
+    """The stack of layers and the norm over both streams."""
+
+    #: Set by transformers, with ``gradient_checkpointing``, when checkpointing is enabled.
+    _gradient_checkpointing_func: Callable[..., Any]
+
+    def __init__(self, config: Any, layers: Sequence[ReformerLayer]) -> None:
+        super().__init__()
+        self.reversible: bool = config.reversible
+        self.layers = nn.ModuleList(layers)
+        self.layer_norm = LayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.gradient_checkpointing = False
+
+    def _run_layer(
+        self, layer: nn.Module, streams: Streams, call: Call, head_mask_H: Tensor | None, with_probs: bool
+    ) -> tuple[Streams, Tensor | None]:
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()) or with_probs:
+            return layer(streams, call, head_mask_H, with_probs)
+        if self.reversible:
+            warnings.warn(
+                "gradient checkpointing has no effect on reversible layers, which store no activations; "
+                "build the model with reversible=False to use it",
+                stacklevel=2,
+            )
+            return layer(streams, call, head_mask_H)
+
+        def run(*pair: Tensor) -> tuple[Tensor, ...]:
+            x1, x2, low1, low2 = pair
+            return layer(Streams(x1, x2, low1, low2), call, head_mask_H)[0][:4]
+
+        y1, y2, low1, low2 = self._gradient_checkpointing_func(run, *streams[:4])
+        return Streams(y1, y2, low1, low2), None
+
+    def forward(
+        self,
+        embeds_BTE: Tensor,
+        call: Call,
+        head_masks: list[Tensor | None],
+        output_hidden_states: bool,
+        output_attentions: bool,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return the normalised concatenation ``[B, T, 2E]`` and, if asked for, states and attention probabilities."""
+        # Low parts serve whoever rebuilds a stream; plain autograd gets them too, to have the same values.
+        streams = start(embeds_BTE, exact=torch.is_grad_enabled())
+        states: list[Tensor] = []
+        probs: list[Tensor] = []
+        # Returned probabilities carry gradients, so every layer's activations are stored anyway.
+        reversible = self.reversible and not output_attentions
+        layers = cast("Sequence[ReformerLayer]", self.layers)
+        for layer, head_mask_H in zip(layers, head_masks, strict=True):
+            if output_hidden_states:
+                streams = keep(streams) if streams.channel is not None else streams
+                states.append(streams.x2)
+            if reversible and streams.channel is None and layer.wants_gradients(streams, head_mask_H):
+                streams = open_channel(streams)
+            streams, layer_probs = self._run_layer(layer, streams, call, head_mask_H, output_attentions)
+            if layer_probs is not None:
+                probs.append(layer_probs)
+        if output_hidden_states:
+            streams = keep(streams) if streams.channel is not None else streams
+            states.append(streams.x2)
+        if streams.channel is not None:
+            both_BTX = close_channel(streams)
+        else:
+            both_BTX = torch.cat([streams.x1, streams.x2], dim=-1)
+        return self.dropout(self.layer_norm(both_BTX)), states, probs

@@ -1,0 +1,63 @@
+"""Heads on top of the last hidden state ``[B, T, 2E]``. Letters: B batch, T positions, E hidden size, V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class ReformerOnlyLMHead(nn.Module):
+    """``decoder`` (no bias of its own) plus ``bias``; the bias lives here because checkpoints keep it here."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.chunk_size_lm_head: int = config.chunk_size_lm_head
+        self.decoder = nn.Linear(2 * config.hidden_size, config.vocab_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def _project(self, hidden_BTX: Tensor) -> Tensor:
+        logits = self.decoder(hidden_BTX)
+        return logits + self.bias.to(logits.dtype)
+
+    def forward(self, hidden_BTX: Tensor) -> Tensor:
+        """Return logits ``[B, T, V]``, made ``chunk_size_lm_head`` positions at a time (0: all at once)."""
+        if not 0 < self.chunk_size_lm_head < hidden_BTX.shape[1]:
+            return self._project(hidden_BTX)
+        return torch.cat([self._project(chunk) for chunk in hidden_BTX.split(self.chunk_size_lm_head, dim=1)], dim=1)
+
+    def loss_sum(
+        self, hidden_BTX: Tensor, labels_BT: Tensor, loss: Callable[[Tensor, Tensor], Tensor], chunk_size: int
+    ) -> Tensor:
+        """Return the sum of ``loss(logits, labels)`` without ever holding more than one chunk of logits.
+
+        Each chunk's logits are made again for its gradient.
+        """
+
+        def chunk_loss(hidden: Tensor, labels: Tensor) -> Tensor:
+            return loss(self._project(hidden), labels)
+
+        pairs = zip(hidden_BTX.split(chunk_size, dim=1), labels_BT.split(chunk_size, dim=1), strict=True)
+        losses = [
+            checkpoint(chunk_loss, hidden, labels, use_reentrant=False, preserve_rng_state=False)
+            for hidden, labels in pairs
+        ]
+        return torch.stack(losses).sum()
+
+
+class ReformerClassificationHead(nn.Module):
+    """Dropout, dense, tanh, dropout, projection on one pooled position."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        dropout = config.classifier_dropout if config.classifier_dropout is not None else config.hidden_dropout_prob
+        self.dense = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, pooled_BX: Tensor) -> Tensor:
+        """Map ``[B, 2E]`` to ``[B, num_labels]``."""
+        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(pooled_BX)))))

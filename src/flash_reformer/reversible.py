@@ -1,0 +1,355 @@
+"""Reversible residual blocks (Gomez et al., 2017; Reformer, section 3): activations are rebuilt, not stored.
+
+A block maps a pair of streams by ``y1 = x1 + F(x2)``, ``y2 = x2 + G(y1)``. Knowing y, one can go back:
+``x2 = y2 - G(y1)``, ``x1 = y1 - F(x2)``. So only the last pair is kept, and a backward pass carries the pair down
+the blocks while it carries gradients.
+
+In floating point that inverse is off by a rounding error per addition, and gradients taken at a point that is off are
+off by a hundred times as much. So each stream keeps a second number per element, its *low* part: what rounding has
+lost so far (Knuth's two-sum). Streams then have twice the mantissa, what comes back is the very number that went in
+(but for one in tens of millions, off by one unit in the last place), and so gradients are those of plain autograd.
+
+How the pair travels: every block takes and returns two *channel* tensors beside its streams. Going forward they are
+zeros of stride 0 (one number of memory); going backward their **gradient** is the reconstructed pair. The functions:
+
+* ``open_channel`` starts a chain, whether or not its inputs need gradients (frozen embeddings train the rest);
+* ``reversible_block`` runs one block;
+* ``keep`` stores the pair in the middle of a chain, so that a loss may enter there;
+* ``close_channel`` stores the last pair, as the concatenation that the model goes on with.
+
+One autograd function per block, with the block's parameters as its inputs and ``torch.autograd.grad`` inside its
+backward: parameters get gradients where autograd expects them, which DDP, FSDP2, tied blocks and
+``torch.autograd.grad`` all rely on. This file knows nothing of attention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+#: What a branch decided in its forward and must not decide again in its recomputation (hash buckets, say).
+Record = tuple[Tensor, ...]
+
+
+class Streams(NamedTuple):
+    """The two residual streams, their low parts and, inside a reversible chain, its channel.
+
+    Without low parts (inference, where nothing is rebuilt) additions are plain.
+    """
+
+    x1: Tensor
+    x2: Tensor
+    low1: Tensor | None = None
+    low2: Tensor | None = None
+    channel: tuple[Tensor, ...] | None = None
+
+
+def start(x: Tensor, *, exact: bool) -> Streams:
+    """Return two streams that both start as ``x``; ``exact`` gives them low parts."""
+    if not exact:
+        return Streams(x, x)
+    nothing = torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
+    # Two views: each stream's gradient is summed by itself, in the order in which a reversible chain sums it.
+    return Streams(x.view_as(x), x.view_as(x), nothing, nothing)
+
+
+def add(x: Tensor, low: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return ``x + low + value`` rounded to x's dtype, and as its low part what that rounding lost.
+
+    Gradients pass as through ``x + value``: the low parts are constants.
+    """
+    total = x + value
+    if low is None:
+        return total, None
+    with torch.no_grad():
+        # Two-sum: x - (total - back) + (value - back) is exactly what ``total`` misses.
+        back = total - x
+        lost = (x - (total - back)).add_(value.to(total.dtype).sub(back)).add_(low)
+    result = total + lost
+    with torch.no_grad():
+        lost.sub_(result - total)
+    return result, lost
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch of a block.
+
+    ``run(x, record, *sides)`` returns the branch's output and its record. The first call gets ``record=None``;
+    a recomputation gets what the first one returned. ``sides`` are further tensors that may want gradients.
+    A branch that acts on each position alone may set ``chunk_size``: it is then run on that many positions (dim 1)
+    at a time, forward and backward, so that only one chunk's activations exist; it must return an empty record.
+    """
+
+    run: Callable[..., tuple[Tensor, Record]]
+    sides: tuple[Tensor, ...] = ()
+    chunk_size: int = 0
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """Return the views of ``x`` that one call of ``run`` each takes."""
+        return x.split(self.chunk_size, dim=1) if self.chunk_size else (x,)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Record]:
+        """Run the branch on all of ``x`` for the first time."""
+        if not self.chunk_size:
+            return self.run(x, None, *self.sides)
+        return torch.cat([self.run(piece, None, *self.sides)[0] for piece in self.split(x)], dim=1), ()
+
+
+class _Surroundings(NamedTuple):
+    """What a branch reads besides its arguments: random states and autocast. Both are restored to replay it."""
+
+    cpu_rng: Tensor
+    device: torch.device
+    device_rng: Tensor | None
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @staticmethod
+    def capture(device: torch.device) -> _Surroundings:
+        cuda = device.type == "cuda"
+        kinds = {"cpu", device.type}
+        return _Surroundings(
+            torch.get_rng_state(),
+            device,
+            torch.cuda.get_rng_state(device) if cuda else None,
+            tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)),
+        )
+
+    @contextlib.contextmanager
+    def restore(self) -> Iterator[None]:
+        """Replay in these surroundings; the caller's random states come back untouched."""
+        outer = _Surroundings.capture(self.device)
+        self._set_rng()
+        try:
+            with self.autocasting():
+                yield
+        finally:
+            outer._set_rng()
+
+    @contextlib.contextmanager
+    def autocasting(self) -> Iterator[None]:
+        """Autocast as captured, without its cache of cast weights.
+
+        That cache may hold copies made while gradients were off (the forward of an autograd function); a graph
+        built on one of them would not lead to the weight.
+        """
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self.autocast:
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+            yield
+
+    def _set_rng(self) -> None:
+        torch.set_rng_state(self.cpu_rng)
+        if self.device_rng is not None:
+            torch.cuda.set_rng_state(self.device_rng, self.device)
+
+
+class _Block(torch.autograd.Function):
+    """Map ``(x1, x2, low1, low2, channel, sides, parameters)`` to y, low parts and channel; backward rebuilds x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, f: Branch, g: Branch, parameters: Callable[[], list[Tensor]], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        x1, x2, low1, low2, *channel = tensors[:8]
+        ctx.f, ctx.g, ctx.parameters = f, g, parameters
+        ctx.before_f = _Surroundings.capture(x1.device)
+        with ctx.before_f.autocasting():
+            value, record = f(x2)
+            y1, low_y1 = add(x1, low1, value)
+            ctx.before_g = _Surroundings.capture(x1.device)
+            value, _ = g(y1)
+            y2, low_y2 = add(x2, low2, value)
+        # The explicit inputs are saved only for autograd's check that nobody changes them before the recomputation.
+        ctx.save_for_backward(*record, *tensors[8:])
+        ctx.num_records = len(record)
+        ctx.leaves = tensors[8 + len(f.sides) + len(g.sides) :]
+        assert low_y1 is not None and low_y2 is not None
+        ctx.mark_non_differentiable(low_y1, low_y2)
+        ctx.set_materialize_grads(False)
+        return y1, y2, low_y1, low_y2, *(c.view_as(c) for c in channel)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d1: Tensor | None, d2: Tensor | None, _1: None, _2: None, *pair: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        assert all(tensor is not None for tensor in pair), "a reversible chain must end in keep() or close_channel()"
+        y1, y2, low1, low2 = pair
+        record = ctx.saved_tensors[: ctx.num_records]
+        d1 = torch.zeros_like(y1) if d1 is None else d1
+        d2 = torch.zeros_like(y2) if d2 is None else d2
+        # Detached copies, so that the graph of the recomputation ends here and not in the graph that made the sides.
+        f, g = (
+            replace(branch, sides=tuple(side.detach().requires_grad_(side.requires_grad) for side in branch.sides))
+            for branch in (ctx.f, ctx.g)
+        )
+        parameters = ctx.parameters()
+        if len(parameters) != len(ctx.leaves) or any(p is not q for p, q in zip(parameters, ctx.leaves, strict=True)):
+            raise RuntimeError(
+                "a parameter of a reversible layer was replaced between forward and backward, so the layer cannot be "
+                "run again as it was (torch.func.functional_call does that, too); use reversible=False"
+            )
+        grads = _LeafGradients([*f.sides, *g.sides, *parameters])
+        with ctx.before_g.restore():
+            x2, low2, d1 = _undo(g, None, at=y1, out=y2, low=low2, d_at=d1, d_out=d2, grads=grads)
+        with ctx.before_f.restore():
+            x1, low1, d2 = _undo(f, record, at=x2, out=y1, low=low1, d_at=d2, d_out=d1, grads=grads)
+        return None, None, None, d1, d2, None, None, x1, x2, low1, low2, *grads.sums
+
+
+@contextlib.contextmanager
+def _without_hooks(leaves: list[Tensor]) -> Iterator[None]:
+    """Silence the tensors' own hooks: they are for the whole gradient, which autograd shows them afterwards."""
+    hooked = [(leaf._backward_hooks, dict(leaf._backward_hooks)) for leaf in leaves if leaf._backward_hooks]
+    for hooks, _ in hooked:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, kept in hooked:
+            hooks.update(kept)
+
+
+class _LeafGradients:
+    """The sums of the gradients of a block's leaves over its branches and their pieces."""
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        self.sums: list[Tensor | None] = [None] * len(leaves)
+        self._wanted = [(index, leaf) for index, leaf in enumerate(leaves) if leaf.requires_grad]
+
+    def through(self, out: Tensor, x: Tensor, d_out: Tensor) -> Tensor | None:
+        """Add the gradients of the leaves under ``out`` and return the gradient of ``x``."""
+        leaves = [leaf for _, leaf in self._wanted]
+        with _without_hooks(leaves):
+            d_x, *d_leaves = torch.autograd.grad(out, [x, *leaves], d_out.to(out.dtype), allow_unused=True)
+        for (index, _), d_leaf in zip(self._wanted, d_leaves, strict=True):
+            if d_leaf is not None:
+                total = self.sums[index]
+                self.sums[index] = d_leaf if total is None else total + d_leaf
+        return d_x
+
+
+def _undo(
+    branch: Branch,
+    record: Record | None,
+    *,
+    at: Tensor,
+    out: Tensor,
+    low: Tensor,
+    d_at: Tensor,
+    d_out: Tensor,
+    grads: _LeafGradients,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Undo ``out = in + branch(at)``: return ``in``, its low part and the gradient of ``at``, ``d_at`` included."""
+    undone, undone_low, d_undone = torch.empty_like(out), torch.empty_like(low), torch.empty_like(d_at)
+    pieces = (branch.split(tensor) for tensor in (at, out, low, d_at, d_out, undone, undone_low, d_undone))
+    for at_, out_, low_, d_at_, d_out_, undone_, undone_low_, d_undone_ in zip(*pieces, strict=True):
+        with torch.enable_grad():
+            leaf = at_.detach().requires_grad_()
+            value, _ = branch.run(leaf, record, *branch.sides)
+        d_leaf = grads.through(value, leaf, d_out_)
+        before, before_low = add(out_, low_, -value.detach())
+        undone_.copy_(before)
+        undone_low_.copy_(before_low)
+        d_undone_.copy_(d_at_ if d_leaf is None else d_at_ + d_leaf)
+    return undone, undone_low, d_undone
+
+
+def _channel_for(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return zeros with the tensors' shapes and dtypes that take one number of memory each."""
+    return tuple(tensor.new_zeros(()).expand(tensor.shape) for tensor in tensors)
+
+
+class _Open(torch.autograd.Function):
+    """Give the streams a channel. ``token`` requires gradients, so the chain exists whatever the streams do."""
+
+    @staticmethod
+    def forward(ctx: Any, x1: Tensor, x2: Tensor, low1: Tensor, low2: Tensor, token: Tensor) -> tuple[Tensor, ...]:
+        return x1.view_as(x1), x2.view_as(x2), *_channel_for(x1, x2, low1, low2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d1: Tensor, d2: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return d1, d2, None, None, None
+
+
+class _Keep(torch.autograd.Function):
+    """Store the pair; going backward, feed the channel from the store, whatever came down it."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        y1, y2, _, _, *channel = tensors
+        ctx.save_for_backward(*tensors[:4])
+        ctx.set_materialize_grads(False)
+        return y1.view_as(y1), y2.view_as(y2), *(c.view_as(c) for c in channel)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d1: Tensor | None, d2: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        return d1, d2, None, None, *ctx.saved_tensors
+
+
+class _Close(torch.autograd.Function):
+    """Concatenate the last pair, the only activations that a chain stores; going backward, feed the channel."""
+
+    @staticmethod
+    def forward(ctx: Any, y1: Tensor, y2: Tensor, low1: Tensor, low2: Tensor, *channel: Tensor) -> Tensor:
+        both = torch.cat([y1, y2], dim=-1)
+        ctx.save_for_backward(both, low1, low2)
+        return both
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_both: Tensor) -> tuple[Tensor | None, ...]:
+        both, low1, low2 = ctx.saved_tensors
+        return *d_both.chunk(2, dim=-1), None, None, *both.chunk(2, dim=-1), low1, low2
+
+
+def open_channel(streams: Streams) -> Streams:
+    """Start a reversible chain at ``streams``, which must have low parts."""
+    assert streams.low1 is not None and streams.low2 is not None, "start(x, exact=True) comes first"
+    token = torch.zeros((), device=streams.x1.device, requires_grad=True)
+    x1, x2, *channel = _Open.apply(*streams[:4], token)
+    return Streams(x1, x2, streams.low1, streams.low2, tuple(channel))
+
+
+def reversible_block(f: Branch, g: Branch, streams: Streams, parameters: Callable[[], list[Tensor]]) -> Streams:
+    """Return ``y1 = x1 + f(x2)``, ``y2 = x2 + g(y1)``, storing neither x nor anything inside f and g.
+
+    ``parameters`` lists, at any time in the same order, the tensors inside f and g that may want gradients. The
+    block keeps only f's record, the random states before f and g, and autocast's settings, and replays all of them.
+    """
+    assert streams.channel is not None, "open_channel() comes first"
+    y1, y2, low1, low2, *channel = _Block.apply(
+        f, g, parameters, *streams[:4], *streams.channel, *f.sides, *g.sides, *parameters()
+    )
+    return Streams(y1, y2, low1, low2, tuple(channel))
+
+
+def plain_block(f: Branch, g: Branch, streams: Streams) -> tuple[Streams, Record]:
+    """Return what :func:`reversible_block` returns, to the bit, by plain autograd, and f's record."""
+    value, record = f(streams.x2)
+    y1, low1 = add(streams.x1, streams.low1, value)
+    y2, low2 = add(streams.x2, streams.low2, g(y1)[0])
+    return Streams(y1, y2, low1, low2), record
+
+
+def keep(streams: Streams) -> Streams:
+    """Store the pair at this point of a chain. A loss may then use ``x1`` and ``x2`` of the result."""
+    assert streams.channel is not None, "open_channel() comes first"
+    y1, y2, *channel = _Keep.apply(*streams[:4], *streams.channel)
+    return Streams(y1, y2, streams.low1, streams.low2, tuple(channel))
+
+
+def close_channel(streams: Streams) -> Tensor:
+    """End a chain: return ``[y1 ; y2]``, concatenated along the last dimension."""
+    assert streams.channel is not None, "open_channel() comes first"
+    return _Close.apply(*streams[:4], *streams.channel)
