@@ -1,0 +1,1 @@
+"""What Hugging Face users import: configuration, models and their outputs."""

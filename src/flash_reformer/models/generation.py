@@ -1,0 +1,117 @@
+"""Generation without a cache: slow, and right. Each row is computed as if it were alone.
+
+A padded forward shares one ring of chunks among real tokens and pads, so pads change who sees whom. Here every
+row's real tokens are taken out of the batch, wherever its pads stand, and rows of one length run together. So a
+row gets the logits that it gets alone, with its own positions and its own number of buckets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_reformer.models.inputs import check_inputs
+from flash_reformer.models.outputs import ReformerModelWithLMHeadOutput
+
+_REFUSED = {
+    "position_ids": "positions follow from attention_mask",
+    "past_key_values": "decoding is not cached in this version",
+    "past_buckets_states": "decoding is not cached in this version",
+    "output_attentions": "rows run apart and have no common layout",
+    "output_hidden_states": "rows run apart and have no common layout",
+}
+
+
+class UncachedGeneration:
+    """The part of ``GenerationMixin`` that a Reformer without a cache answers itself."""
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Generate tokens after each row's prompt; arguments as in ``GenerationMixin.generate``.
+
+        ``attention_mask`` may pad rows on either side. ``num_hashes`` sets the hash rounds.
+
+        Raises:
+            ValueError: for what decoding without a cache cannot honour.
+        """
+        _refuse(kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("assisted decoding (assistant_model, prompt_lookup_num_tokens) needs a decoding cache")
+
+    def prepare_inputs_for_generation(
+        self: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        num_hashes: int | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """Return the arguments of the forward that a generation step makes: always the whole sequence."""
+        _refuse(others)
+        model_inputs: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "num_hashes": num_hashes,
+            "rows_alone": True,
+        }
+        if inputs_embeds is None:
+            return {**model_inputs, "input_ids": input_ids}
+        new = self.get_input_embeddings()(input_ids)
+        return {**model_inputs, "inputs_embeds": torch.cat([inputs_embeds, new.to(inputs_embeds.dtype)], dim=1)}
+
+    def _last_logits_of_rows(
+        self: Any,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        mask_BT: Tensor | None,
+        num_hashes: int | None,
+    ) -> Tensor:
+        """Return ``[B, 1, V]``: the logits of each row's last real token, the row computed alone.
+
+        Rows with equally many real tokens share a forward. Every forward starts from the same state of the default
+        generator, so a row meets the same random rotations whatever the other rows are; the state moves on once.
+        """
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        B, T = given.shape[:2]
+        lengths = [T] * B if mask_BT is None else mask_BT.sum(dim=1).tolist()
+        if 0 in lengths:
+            raise ValueError(f"attention_mask must leave every row a token; row {lengths.index(0)} has none")
+        # Real tokens first, each kind in its order.
+        order_BT = None if mask_BT is None else torch.sort(~mask_BT, dim=1, stable=True).indices
+        rng_state = torch.get_rng_state()
+        logits: list[Tensor | None] = [None] * B
+        for length in sorted(set(lengths)):
+            rows = torch.tensor([row for row in range(B) if lengths[row] == length], device=given.device)
+            group = given[rows]
+            if order_BT is not None:
+                places = order_BT[rows, :length]
+                group = group[torch.arange(len(rows), device=given.device).unsqueeze(1), places]
+            torch.set_rng_state(rng_state)
+            name = "input_ids" if input_ids is not None else "inputs_embeds"
+            hidden = self.reformer(**{name: group}, num_hashes=num_hashes, return_dict=True).last_hidden_state
+            for row, last in zip(rows.tolist(), self.lm_head(hidden[:, -1:]), strict=True):
+                logits[row] = last
+        return torch.stack([last for last in logits if last is not None])
+
+    def _forward_rows_alone(
+        self: Any,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        num_hashes: int | None,
+    ) -> ReformerModelWithLMHeadOutput:
+        inputs = check_inputs(self.config, input_ids, attention_mask, None, inputs_embeds, num_hashes, alone=True)
+        logits = self._last_logits_of_rows(inputs.input_ids, inputs.inputs_embeds, inputs.mask_BT, num_hashes)
+        return ReformerModelWithLMHeadOutput(logits=logits)
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    for name, reason in _REFUSED.items():
+        if options.get(name) is not None and options[name] is not False:
+            raise ValueError(f"generate does not take {name}: {reason}")

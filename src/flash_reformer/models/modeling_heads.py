@@ -1,0 +1,390 @@
+"""The four tasks: causal and masked language modelling, classification, extractive question answering.
+
+Letters: B batch, T positions, E hidden size, V vocabulary, L labels. Losses are means in nats over the labels that
+count (-100 does not), or sums divided by ``num_items_in_batch`` where Trainer gives it for gradient accumulation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.modeling_outputs import (
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+)
+from transformers.utils.generic import ModelOutput
+
+from flash_reformer.functional import (
+    IGNORE_INDEX,
+    binary_cross_entropy_sum,
+    cross_entropy_sum,
+    squared_error_sum,
+)
+from flash_reformer.layers.head import ReformerClassificationHead, ReformerOnlyLMHead
+from flash_reformer.models.configuration_reformer import ReformerConfig, check_consistency
+from flash_reformer.models.generation import UncachedGeneration
+from flash_reformer.models.inputs import check_tensor, check_values
+from flash_reformer.models.modeling_reformer import ReformerModel, ReformerPreTrainedModel
+from flash_reformer.models.outputs import ReformerModelOutput, ReformerModelWithLMHeadOutput
+
+#: Positions whose logits exist at once when ``return_logits=False`` and ``chunk_size_lm_head`` is 0.
+LOSS_CHUNK = 1024
+
+
+def _mean(total: Tensor, count: Tensor | int, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Divide a summed loss; a batch in which nothing counts has loss 0."""
+    if num_items_in_batch is not None:
+        return total / num_items_in_batch
+    return total / (count.clamp(min=1) if isinstance(count, Tensor) else count)
+
+
+def _check_token_labels(labels: Tensor, given: Tensor, config: ReformerConfig) -> None:
+    check_tensor("labels", labels, [tuple(given.shape[:2])], (torch.int64,))
+    check_values("labels", labels, 0, config.vocab_size, also=IGNORE_INDEX)
+
+
+def _finish(output: ModelOutput, return_dict: bool | None, config: ReformerConfig) -> Any:
+    return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+class _LanguageModel(ReformerPreTrainedModel):
+    """What the two language models share: their head."""
+
+    def __init__(self, config: ReformerConfig, *, decoder: bool) -> None:
+        check_consistency(config, decoder=decoder)
+        super().__init__(config)
+        self.reformer = ReformerModel(config)
+        self.lm_head = ReformerOnlyLMHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """Return the projection to the vocabulary."""
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the projection to the vocabulary, keeping as much of the bias as fits."""
+        self.lm_head.decoder = new_embeddings
+        old, size = self.lm_head.bias, new_embeddings.weight.shape[0]
+        if size != old.shape[0]:
+            bias = torch.zeros(size, dtype=old.dtype, device=old.device)
+            kept = min(size, old.shape[0])
+            bias[:kept] = old.detach()[:kept]
+            self.lm_head.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
+
+
+class ReformerModelWithLMHead(UncachedGeneration, _LanguageModel, GenerationMixin):  # type: ignore[misc]
+    """A causal language model. ``config.is_decoder`` must be True."""
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__(config, decoder=True)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        num_hashes: int | None = None,
+        past_buckets_states: Any | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_logits: bool = True,
+        *,
+        num_items_in_batch: Tensor | int | None = None,
+        rows_alone: bool = False,
+    ) -> tuple[Any, ...] | ReformerModelWithLMHeadOutput:
+        """Predict the next token at every position.
+
+        Args:
+            labels: ``[B, T]`` token ids or -100. They are shifted inside: position i is judged by ``labels[i+1]``.
+            logits_to_keep: make logits of the last so many positions, or of the positions in this 1-d tensor; 0 for
+                all. Not together with ``labels``.
+            return_logits: False (with ``labels``) makes the loss and its gradient chunk by chunk: logits never
+                exist whole.
+            num_items_in_batch: divisor of the summed loss, in place of the number of labels that count.
+            rows_alone: what ``generate`` asks for: compute each row on its unmasked tokens alone and return the
+                logits ``[B, 1, V]`` of its last one. Takes ids or embeddings, ``attention_mask`` and ``num_hashes``.
+
+        The other arguments are those of :class:`ReformerModel`.
+        """
+        if rows_alone:
+            return _finish(
+                self._forward_rows_alone(input_ids, inputs_embeds, attention_mask, num_hashes), return_dict, self.config
+            )
+        if labels is not None:
+            given = input_ids if input_ids is not None else inputs_embeds
+            if isinstance(given, Tensor) and given.dim() >= 2:
+                _check_token_labels(labels, given, self.config)
+            if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
+                raise ValueError("logits_to_keep must be 0 where labels are given: the loss needs every position")
+        elif not return_logits:
+            raise ValueError("return_logits=False needs labels: there would be nothing to return")
+        outputs = self.reformer(
+            input_ids,
+            attention_mask,
+            position_ids,
+            head_mask,
+            inputs_embeds,
+            num_hashes,
+            past_buckets_states,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
+            return_dict=True,
+        )
+        hidden_BTX = outputs.last_hidden_state
+        logits = self.lm_head(_keep_positions(hidden_BTX, logits_to_keep)) if return_logits else None
+        loss = None
+        if labels is not None:
+            targets = labels[:, 1:]
+            if logits is not None:
+                total = cross_entropy_sum(logits[:, :-1], targets)
+            else:
+                chunk = self.config.chunk_size_lm_head or LOSS_CHUNK
+                total = self.lm_head.loss_sum(hidden_BTX[:, :-1], targets, cross_entropy_sum, chunk)
+            loss = _mean(total, (targets != IGNORE_INDEX).sum(), num_items_in_batch)
+        output = ReformerModelWithLMHeadOutput(loss=loss, logits=logits, **_extras(outputs))
+        return _finish(output, return_dict, self.config)
+
+
+def _extras(outputs: ReformerModelOutput) -> dict[str, Any]:
+    return {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+
+
+def _keep_positions(hidden_BTX: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.dim() != 1 or logits_to_keep.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"logits_to_keep must be a 1-d integer tensor or an integer; got {logits_to_keep!r}")
+        length = hidden_BTX.shape[1]
+        check_values("logits_to_keep", logits_to_keep, -length, length)
+        return hidden_BTX[:, logits_to_keep]
+    if not isinstance(logits_to_keep, int) or isinstance(logits_to_keep, bool):
+        raise TypeError(f"logits_to_keep must be an integer or a tensor; got {type(logits_to_keep).__name__}")
+    if logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep must be >= 0; got {logits_to_keep}")
+    return hidden_BTX[:, -logits_to_keep:] if logits_to_keep else hidden_BTX
+
+
+class ReformerForMaskedLM(_LanguageModel):
+    """A bidirectional language model for masked tokens. ``config.is_decoder`` must be False."""
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__(config, decoder=False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        num_hashes: int | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> tuple[Any, ...] | MaskedLMOutput:
+        """Predict the token at every position; ``labels`` ``[B, T]`` are token ids, or -100 where not judged.
+
+        The other arguments are those of :class:`ReformerModel` and :class:`ReformerModelWithLMHead`.
+        """
+        if labels is not None:
+            given = input_ids if input_ids is not None else inputs_embeds
+            if isinstance(given, Tensor) and given.dim() >= 2:
+                _check_token_labels(labels, given, self.config)
+        outputs = self.reformer(
+            input_ids,
+            attention_mask,
+            position_ids,
+            head_mask,
+            inputs_embeds,
+            num_hashes,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            total = cross_entropy_sum(logits, labels)
+            loss = _mean(total, (labels != IGNORE_INDEX).sum(), num_items_in_batch)
+        return _finish(MaskedLMOutput(loss=loss, logits=logits, **_extras(outputs)), return_dict, self.config)
+
+
+class ReformerForSequenceClassification(ReformerPreTrainedModel):
+    """A class, several classes or numbers for a whole sequence.
+
+    A bidirectional model pools position 0, which has seen everything; a causal one the last unmasked token.
+    """
+
+    def __init__(self, config: ReformerConfig) -> None:
+        check_consistency(config)
+        super().__init__(config)
+        self.num_labels: int = config.num_labels or 0
+        self.reformer = ReformerModel(config)
+        self.classifier = ReformerClassificationHead(config)
+        self.post_init()
+
+    def _pool(self, hidden_BTX: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if not self.config.is_decoder:
+            return hidden_BTX[:, 0]
+        if attention_mask is None:
+            return hidden_BTX[:, -1]
+        places = torch.arange(hidden_BTX.shape[1], device=hidden_BTX.device)
+        last_B = torch.where(attention_mask != 0, places, 0).amax(dim=1)
+        return hidden_BTX.gather(1, last_B.view(-1, 1, 1).expand(-1, 1, hidden_BTX.shape[-1])).squeeze(1)
+
+    def _problem_type(self, labels: Tensor) -> str:
+        if self.config.problem_type is not None:
+            return self.config.problem_type
+        if self.num_labels == 1:
+            return "regression"
+        return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+    def _check_labels(self, labels: Tensor, batch_size: int) -> str:
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be a torch.Tensor; got {type(labels).__name__}")
+        problem_type = self._problem_type(labels)
+        if problem_type == "single_label_classification":
+            check_tensor("labels", labels, [(batch_size,), (batch_size, 1)], (torch.int64, torch.int32))
+            check_values("labels", labels, 0, self.num_labels, also=IGNORE_INDEX)
+            return problem_type
+        shapes: list[tuple[int, ...]] = [(batch_size, self.num_labels)]
+        numbers: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+        if problem_type == "regression":
+            shapes += [(batch_size,)] if self.num_labels == 1 else []
+            numbers += (torch.int64, torch.int32)
+        check_tensor("labels", labels, shapes, numbers)
+        return problem_type
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        num_hashes: int | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> tuple[Any, ...] | SequenceClassifierOutput:
+        """Return logits ``[B, num_labels]`` and, with ``labels``, a loss.
+
+        ``config.problem_type`` decides which: squared error for ``"regression"`` (labels ``[B]`` or ``[B, L]``),
+        cross-entropy for ``"single_label_classification"`` (``[B]`` integers), binary cross-entropy for
+        ``"multi_label_classification"`` (``[B, L]`` floats). Unset, it is regression for one label, else told by
+        the labels' dtype, and a training forward records it in the config.
+
+        The other arguments are those of :class:`ReformerModel` and :class:`ReformerModelWithLMHead`.
+        """
+        problem_type = None
+        given = input_ids if input_ids is not None else inputs_embeds
+        if labels is not None and isinstance(given, Tensor) and given.dim() >= 2:
+            problem_type = self._check_labels(labels, given.shape[0])
+        outputs = self.reformer(
+            input_ids,
+            attention_mask,
+            position_ids,
+            head_mask,
+            inputs_embeds,
+            num_hashes,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        logits = self.classifier(self._pool(outputs.last_hidden_state, attention_mask))
+        loss = None
+        if labels is not None:
+            if self.training:
+                self.config.problem_type = problem_type  # type: ignore[assignment]
+            if problem_type == "single_label_classification":
+                total = cross_entropy_sum(logits, labels.long())
+                count: Tensor | int = (labels != IGNORE_INDEX).sum()
+            else:
+                error = squared_error_sum if problem_type == "regression" else binary_cross_entropy_sum
+                total, count = error(logits, labels.view(logits.shape)), labels.numel()
+            loss = _mean(total, count, num_items_in_batch)
+        output = SequenceClassifierOutput(loss=loss, logits=logits, **_extras(outputs))
+        return _finish(output, return_dict, self.config)
+
+
+class ReformerForQuestionAnswering(ReformerPreTrainedModel):
+    """Where in the sequence an answer starts and ends. Two outputs per position, whatever ``num_labels`` says."""
+
+    def __init__(self, config: ReformerConfig) -> None:
+        check_consistency(config)
+        super().__init__(config)
+        self.reformer = ReformerModel(config)
+        self.qa_outputs = nn.Linear(2 * config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        num_hashes: int | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> tuple[Any, ...] | QuestionAnsweringModelOutput:
+        """Return start and end logits ``[B, T]`` and, with ``start_positions`` and ``end_positions`` ``[B]``, a loss.
+
+        The loss is the mean of the two cross-entropies; positions outside the sequence take no part in it.
+
+        The other arguments are those of :class:`ReformerModel` and :class:`ReformerModelWithLMHead`.
+        """
+        if (start_positions is None) != (end_positions is None):
+            missing = "start_positions" if start_positions is None else "end_positions"
+            raise ValueError(f"give start_positions and end_positions together; {missing} is missing")
+        given = input_ids if input_ids is not None else inputs_embeds
+        spans = {"start_positions": start_positions, "end_positions": end_positions}
+        for name, places in spans.items():
+            if places is not None and isinstance(given, Tensor) and given.dim() >= 2:
+                check_tensor(name, places, [(given.shape[0],), (given.shape[0], 1)], (torch.int64, torch.int32))
+        outputs = self.reformer(
+            input_ids,
+            attention_mask,
+            position_ids,
+            head_mask,
+            inputs_embeds,
+            num_hashes,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            halves = []
+            for logits, places in ((start_logits, start_positions), (end_logits, end_positions)):
+                places = places.flatten().long()
+                inside = (places >= 0) & (places < logits.shape[1])
+                total = cross_entropy_sum(logits, torch.where(inside, places, IGNORE_INDEX))
+                halves.append(_mean(total, inside.sum(), num_items_in_batch))
+            loss = (halves[0] + halves[1]) / 2
+        output = QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start_logits, end_logits=end_logits, **_extras(outputs)
+        )
+        return _finish(output, return_dict, self.config)

@@ -1,0 +1,230 @@
+"""The Reformer without a head (Kitaev, Kaiser and Levskaya, 2020): tokens in, hidden states out."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from flash_reformer import functional
+from flash_reformer.layers import block
+from flash_reformer.layers.attention import ReformerAttention
+from flash_reformer.layers.call import Call
+from flash_reformer.layers.embeddings import ReformerEmbeddings
+from flash_reformer.layers.encoder import ReformerEncoder
+from flash_reformer.layers.head import ReformerOnlyLMHead
+from flash_reformer.models import inputs as door
+from flash_reformer.models.configuration_reformer import ReformerConfig, check_consistency
+from flash_reformer.models.outputs import ReformerModelOutput
+
+__all__ = ["ReformerAttention", "ReformerLayer", "ReformerModel", "ReformerPreTrainedModel"]
+
+
+class ReformerLayer(block.ReformerLayer):
+    """A layer of the stack, built from a configuration."""
+
+    def __init__(self, config: ReformerConfig, layer_id: int = 0) -> None:
+        super().__init__(config, layer_id, ACT2FN[config.hidden_act])
+
+
+class ReformerPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation, common to all Reformers."""
+
+    config_class = ReformerConfig
+    config: ReformerConfig
+    base_model_prefix = "reformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ReformerLayer"]
+    # Whether the losses divide by the ``num_items_in_batch`` that Trainer passes.
+    accepts_loss_kwargs = True
+    # Written by old versions: constants, and a bias that lm_head.bias stands for.
+    _keys_to_ignore_on_load_unexpected = [
+        r"self_attention\.(self_)?mask_value_float(16|32)$",
+        r"lm_head\.decoder\.bias$",
+    ]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers.initialization leaves alone what a checkpoint has already filled.
+        from transformers import initialization as init
+
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.ParameterList):
+            # The axial tables; their owner holds no parameter itself, and transformers passes such modules over.
+            for weight in module:
+                init.normal_(weight, std=self.config.axial_norm_std)
+        elif isinstance(module, ReformerOnlyLMHead):
+            init.zeros_(module.bias)
+
+    @property
+    def backend(self) -> str:
+        """Which implementation of hashing, sorting and attention the model uses; see :meth:`set_backend`."""
+        return cast(ReformerModel, self.base_model)._backend
+
+    def set_backend(self, backend: str) -> None:
+        """Choose the implementation of hashing, sorting and attention.
+
+        Args:
+            backend: ``"auto"``, the fastest that can run, or ``"reference"``, the plain PyTorch definitions.
+
+        Raises:
+            ValueError: for any other name.
+        """
+        cast(ReformerModel, self.base_model)._backend = functional.check_backend(backend)
+
+
+class ReformerModel(ReformerPreTrainedModel):
+    """Embeddings and the stack; ``[B, T]`` token ids become ``[B, T, 2 * hidden_size]`` hidden states.
+
+    LSH attention is not prefix-stable: later tokens move the borders of chunks, so they can change earlier outputs
+    even in a causal model, though they are never read. Local attention is strictly causal.
+    """
+
+    def __init__(self, config: ReformerConfig) -> None:
+        check_consistency(config)
+        super().__init__(config)
+        self._backend = "auto"
+        self.embeddings = ReformerEmbeddings(config)
+        self.encoder = ReformerEncoder(config, [ReformerLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the word embeddings."""
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the word embeddings."""
+        self.embeddings.word_embeddings = cast(nn.Embedding, value)
+
+    def _bucket_factors(self, length: int) -> tuple[int, ...]:
+        config = self.config
+        if "lsh" not in config.attn_layers or config.lsh_attn_chunk_length is None:
+            return ()
+        fixed = None if self.training and config.num_buckets_automatic else config.num_buckets
+        if fixed is not None:
+            return (fixed,) if isinstance(fixed, int) else tuple(fixed)
+        factors = tuple(
+            functional.automatic_num_buckets(length, config.lsh_attn_chunk_length, config.max_position_embeddings)
+        )
+        if self.training:
+            config.record_trained_buckets(factors)
+        return factors
+
+    def _draw_seed(self) -> int | None:
+        """Draw the root of this forward's private randomness, or nothing where no layer will ask for any.
+
+        This is the only draw on the default generator besides the dropouts of training. It is a CPU draw, whatever
+        the model's device, so no device is waited for.
+        """
+        needs_rotations = "lsh" in self.config.attn_layers and self.config.hash_seed is None
+        # Not ``self.training``: a single layer may train in a model that does not.
+        needs_dropout = any(module.training for module in self.modules())
+        if not (needs_dropout or needs_rotations):
+            return None
+        return int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
+
+    def _embed(self, inputs: door.Inputs, length: int) -> tuple[Tensor, door.Inputs]:
+        """Pad to ``length`` and return the embeddings ``[B, length, E]`` with the padded batch."""
+        words = self.embeddings.word_embeddings
+        pad_token_id = self.config.pad_token_id or 0
+        pad_embeds = None
+        if inputs.inputs_embeds is not None and length > inputs.length:
+            pad_embeds = words(torch.full((), pad_token_id, device=inputs.given.device))
+        padded = door.pad(inputs, length, pad_embeds, pad_token_id)
+        embeds_BTE = words(padded.input_ids) if padded.input_ids is not None else padded.inputs_embeds
+        positions_XT = door.positions(inputs, length, self.config.max_length_of_positions)
+        embeds_BTE = self.embeddings(embeds_BTE, positions_XT)
+        if self.config.residual_in_fp32:
+            embeds_BTE = embeds_BTE.to(torch.promote_types(embeds_BTE.dtype, torch.float32))
+        return embeds_BTE, padded
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        num_hashes: int | None = None,
+        past_buckets_states: Any | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> tuple[Any, ...] | ReformerModelOutput:
+        """Encode a batch of any length up to the position tables' size.
+
+        Args:
+            input_ids: ``[B, T]`` token ids.
+            attention_mask: ``[B, T]``, bool or 0 and 1: which tokens are real. All by default. Masked tokens are read
+                by nobody, but they take part in sorting: an LSH row in a padded batch may see other neighbours
+                than the row alone would.
+            position_ids: ``[B, T]`` or ``[1, T]``; 0, 1, 2, ... by default.
+            head_mask: ``[H]`` or ``[layers, H]``: a factor on each head's attention probabilities.
+            inputs_embeds: ``[B, T, hidden_size]`` word embeddings in place of ``input_ids``.
+            num_hashes: hash rounds of this call, in place of ``config.num_hashes``.
+            past_buckets_states: refused; decoding is not cached yet.
+            use_cache: True has no effect yet, and warns.
+            output_hidden_states: also return the states between layers. They carry gradients; each is stored.
+            output_attentions: also return attention probabilities. They carry gradients; activations are stored.
+            return_dict: False returns a tuple, without the fields that are None.
+
+        Raises:
+            ValueError, TypeError: for input that does not fit, naming the parameter. Values of ids, positions and
+                masks are checked on CPU tensors only, since a GPU would have to be waited for.
+        """
+        config = self.config
+        inputs = door.check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes)
+        head_masks = door.split_head_mask(config, head_mask)
+        if past_buckets_states is not None:
+            raise ValueError("past_buckets_states must be None: decoding is not cached in this version")
+        if use_cache:
+            warnings.warn("use_cache=True has no effect: decoding is not cached in this version", stacklevel=2)
+        door.check_flags(
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=return_dict,
+        )
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        return_dict = config.return_dict if return_dict is None else return_dict
+
+        length = door.padded_length(config, inputs.length)
+        seed = self._draw_seed()
+        embeds_BTE, padded = self._embed(inputs, length)
+        call = Call(
+            mask_BT=padded.mask_BT,
+            num_hashes=config.num_hashes if num_hashes is None else num_hashes,
+            bucket_factors=self._bucket_factors(length),
+            rotation_seed=config.hash_seed,
+            seed=seed,
+            exact=inputs.length <= config.full_attention_below,
+            backend=self._backend,
+        )
+        hidden_BTX, states, probs = self.encoder(
+            embeds_BTE, call, head_masks, bool(output_hidden_states), bool(output_attentions)
+        )
+        T = inputs.length
+        output = ReformerModelOutput(
+            last_hidden_state=hidden_BTX[:, :T],
+            hidden_states=tuple(state[:, :T] for state in states) if output_hidden_states else None,
+            attentions=tuple(_crop_probs(p, T) for p in probs) if output_attentions else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+def _crop_probs(probs: Tensor, length: int) -> Tensor:
+    """Crop exact probabilities ``[B, H, T, T]`` to the caller's length; chunks have no such order to crop."""
+    return probs[:, :, :length, :length] if probs.dim() == 4 else probs

@@ -1,0 +1,1 @@
+"""The models: against transformers' Reformer where it is right, by hand where it is not."""
