@@ -1,0 +1,39 @@
+"""How a command ends when something is wrong: one readable line, or the traceback on request."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+
+INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
+
+
+@contextmanager
+def readable_errors(debug: bool, *, on_interrupt: str = "interrupted") -> Iterator[None]:
+    """Turn whatever is raised inside into one line on stderr and a non-zero exit code.
+
+    Args:
+        debug: let exceptions through with their traceback.
+        on_interrupt: what to say after Ctrl-C.
+    """
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt:
+        _complain(on_interrupt)
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if debug:
+            raise
+        line = " ".join(str(error).split()) or "no message"
+        mistakes = (ValueError, TypeError, OSError, ImportError)
+        kind = "" if isinstance(error, mistakes) else f"{type(error).__name__}: "
+        _complain(f"error: {kind}{line} (--debug shows where)")
+        raise typer.Exit(1) from None
+
+
+def _complain(line: str) -> None:
+    # No markup: a path with brackets in it is no style. No wrapping: one line is one line.
+    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,97 @@
+"""Where text comes from: files, the standard library of the running Python, or a dataset."""
+
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flash_reformer.training.data import Document
+
+# Folders of the standard library that hold tests or other people's packages.
+_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+
+# What `datasets` calls the readers of the files that we accept.
+_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def read_text_files(paths: Sequence[str | Path]) -> list[Document]:
+    """Read files as raw bytes, whatever their encoding, one document each."""
+    documents = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            raise ValueError(f"--text {path} is a folder: name the files in it")
+        if not path.is_file():
+            raise ValueError(f"--text {path}: there is no such file")
+        documents.append(Document(str(path), path.read_bytes()))
+    if not any(document.data for document in documents):
+        raise ValueError(f"--text {', '.join(map(str, paths))}: nothing to train on, no byte in it")
+    return documents
+
+
+def read_standard_library() -> list[Document]:
+    """Read the source of the running Python's standard library, without its tests, in order of path."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [path.relative_to(root) for path in root.rglob("*.py")]
+    paths = sorted((path for path in paths if not _LEFT_OUT & set(path.parts)), key=lambda path: path.as_posix())
+    documents = [Document(path.as_posix(), (root / path).read_bytes()) for path in paths]
+    if not documents:
+        raise ValueError(f"this Python has no source of its standard library under {root}: use --text FILE instead")
+    return documents
+
+
+def read_dataset(name: str, *, column: str = "text", split: str = "train") -> list[Document]:
+    """Read one text column of a dataset, one document per row; empty rows are left out.
+
+    Args:
+        name: a file (.jsonl, .json, .csv, .parquet, .txt), a folder of such files or one that
+            ``datasets.save_to_disk`` wrote, or else the name of a dataset on the hub.
+        column: the column that holds the text.
+        split: the part of the dataset to read.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("--dataset needs the package `datasets`: pip install datasets") from error
+    rows = _load(datasets, name, split)
+    if column not in rows.column_names:
+        raise ValueError(f"--text-column {column!r} is no column of {name}; it has {', '.join(rows.column_names)}")
+    documents = []
+    for index, text in enumerate(rows[column]):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"--text-column {column!r} of {name} must hold text; row {index} holds {type(text).__name__}"
+            )
+        if text:
+            # Lone surrogates can come out of JSON; they have no UTF-8 form of their own.
+            documents.append(Document(f"{name}[{index}]", text.encode("utf-8", errors="replace")))
+    if not documents:
+        raise ValueError(f"--text-column {column!r} of {name} holds no text")
+    return documents
+
+
+def _load(datasets: Any, name: str, split: str) -> Any:
+    path = Path(name)
+    try:
+        if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
+            loaded = datasets.load_from_disk(str(path))
+            return loaded[split] if isinstance(loaded, dict) else loaded
+        if path.exists():
+            reader, files = _reader_of(path)
+            options = {"sample_by": "document"} if reader == "text" else {}
+            return datasets.load_dataset(reader, data_files={split: files}, split=split, **options)
+        if path.suffix in _READERS or path.is_absolute() or name.startswith("."):
+            raise ValueError("there is no such file")
+        return datasets.load_dataset(name, split=split)
+    except Exception as error:
+        # `datasets` raises dozens of kinds; its first line says what was wrong.
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"--dataset {name} (split {split!r}) cannot be read: {reason[0]}") from error
+
+
+def _reader_of(path: Path) -> tuple[str, list[str]]:
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in _READERS)
+    readers = {_READERS.get(file.suffix, file.suffix) for file in files}
+    if len(readers) != 1 or not readers <= set(_READERS.values()):
+        found = ", ".join(sorted(readers)) or "nothing of the kind"
+        raise ValueError(f"expected files of one kind among {', '.join(_READERS)}, found {found}")
+    return readers.pop(), [str(file) for file in files]
