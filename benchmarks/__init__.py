@@ -1,0 +1,1 @@
+"""What is measured: each file prints a table and then one line of JSON."""
