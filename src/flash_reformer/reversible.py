@@ -33,6 +33,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flash_reformer.heap import tidy_heap
+
 #: What a branch decided in its forward and must not decide again in its recomputation (hash buckets, say).
 Record = tuple[Tensor, ...]
 
@@ -164,9 +166,11 @@ class _Block(torch.autograd.Function):
         with ctx.before_f.autocasting():
             value, record = f(x2)
             y1, low_y1 = add(x1, low1, value)
+            del value
             ctx.before_g = _Surroundings.capture(x1.device)
-            value, _ = g(y1)
-            y2, low_y2 = add(x2, low2, value)
+            y2, low_y2 = add(x2, low2, g(y1)[0])
+        # Copied now that the branches' temporaries are gone, for the reason that _LeafGradients gives.
+        record = tuple(tensor.clone() for tensor in record)
         # The explicit inputs are saved only for autograd's check that nobody changes them before the recomputation.
         ctx.save_for_backward(*record, *tensors[8:])
         ctx.num_records = len(record)
@@ -174,6 +178,7 @@ class _Block(torch.autograd.Function):
         assert low_y1 is not None and low_y2 is not None
         ctx.mark_non_differentiable(low_y1, low_y2)
         ctx.set_materialize_grads(False)
+        tidy_heap(y1)
         return y1, y2, low_y1, low_y2, *(c.view_as(c) for c in channel)
 
     @staticmethod
@@ -202,6 +207,7 @@ class _Block(torch.autograd.Function):
             x2, low2, d1 = _undo(g, None, at=y1, out=y2, low=low2, d_at=d1, d_out=d2, grads=grads)
         with ctx.before_f.restore():
             x1, low1, d2 = _undo(f, record, at=x2, out=y1, low=low1, d_at=d2, d_out=d1, grads=grads)
+        tidy_heap(x1)
         return None, None, None, d1, d2, None, None, x1, x2, low1, low2, *grads.sums
 
 
@@ -219,11 +225,22 @@ def _without_hooks(leaves: list[Tensor]) -> Iterator[None]:
 
 
 class _LeafGradients:
-    """The sums of the gradients of a block's leaves over its branches and their pieces."""
+    """The sums of the gradients of a block's leaves over its branches and their pieces.
+
+    Their memory is taken before the recomputation begins. A gradient outlives the block; one that was allocated among
+    the recomputation's large temporaries would keep the hole that they leave from being used whole again, and the
+    heap would grow by the temporaries' size in every layer.
+    """
 
     def __init__(self, leaves: list[Tensor]) -> None:
-        self.sums: list[Tensor | None] = [None] * len(leaves)
+        self._buffers = [torch.empty_like(leaf) if leaf.requires_grad else None for leaf in leaves]
+        self._touched = [False] * len(leaves)
         self._wanted = [(index, leaf) for index, leaf in enumerate(leaves) if leaf.requires_grad]
+
+    @property
+    def sums(self) -> list[Tensor | None]:
+        """One gradient per leaf, None where nothing led to it."""
+        return [buffer if touched else None for buffer, touched in zip(self._buffers, self._touched, strict=True)]
 
     def through(self, out: Tensor, x: Tensor, d_out: Tensor) -> Tensor | None:
         """Add the gradients of the leaves under ``out`` and return the gradient of ``x``."""
@@ -231,9 +248,13 @@ class _LeafGradients:
         with _without_hooks(leaves):
             d_x, *d_leaves = torch.autograd.grad(out, [x, *leaves], d_out.to(out.dtype), allow_unused=True)
         for (index, _), d_leaf in zip(self._wanted, d_leaves, strict=True):
-            if d_leaf is not None:
-                total = self.sums[index]
-                self.sums[index] = d_leaf if total is None else total + d_leaf
+            buffer = self._buffers[index]
+            if d_leaf is not None and buffer is not None:
+                if self._touched[index]:
+                    buffer.add_(d_leaf)
+                else:
+                    buffer.copy_(d_leaf)
+                self._touched[index] = True
         return d_x
 
 

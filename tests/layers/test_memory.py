@@ -26,7 +26,7 @@ def test_peak_memory_does_not_grow_with_depth() -> None:
     shallow, deep = (measure_in_subprocess(layers, True) for layers in (6, 24))
     allowance = deep["allowed_to_grow"] - shallow["allowed_to_grow"]
     growth = deep["peak"] - shallow["peak"]
-    slack = 6 * MB  # allocator and interpreter
+    slack = 9 * MB  # allocator and interpreter; half of what one stream per layer would take
     assert shallow["peak"] > shallow["before"] + 20 * MB, "the step itself must set the peak"
     assert growth <= allowance + slack, f"grew by {growth / MB:.1f} MB, {allowance / MB:.1f} MB are allowed"
     shallow, deep = (measure_in_subprocess(layers, False) for layers in (6, 24))

@@ -248,7 +248,7 @@ def test_pads_need_no_positions():
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
         ({"assistant_model": without_end()}, "assistant_model"),
-        ({"prefill_chunk_size": 4}, "without a cache"),
+        ({"prefill_chunk_size": 4}, "prefill_chunk_size"),
         ({"head_mask": torch.zeros(3)}, "head_mask"),
         ({"num_hashes": 0}, "num_hashes"),
         ({"attention_mask": torch.zeros(1, 7, dtype=torch.long)}, "attention_mask"),

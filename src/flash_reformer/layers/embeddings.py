@@ -10,6 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class AxialTables(nn.ParameterList):
+    """One table per axis. A module that is called, so that hooks which bring offloaded weights find it."""
+
+    # torch's list forbids to be called.
+    __call__ = nn.Module.__call__
+
+    def forward(self, indices: list[Tensor]) -> Tensor:
+        """Return the concatenated rows ``[..., E]`` at one index ``[...]`` per axis."""
+        # F.embedding, not ``weight[index]``: its backward is a sum over rows, deterministic on every device.
+        rows = [F.embedding(i, weight.flatten(0, -2)) for i, weight in zip(indices, self, strict=True)]
+        return torch.cat(rows, dim=-1)
+
+
 class AxialPositionEmbeddings(nn.Module):
     """Position embeddings factorised over the axes of a grid (Reformer, appendix).
 
@@ -22,7 +35,7 @@ class AxialPositionEmbeddings(nn.Module):
         super().__init__()
         self.axial_pos_shape: tuple[int, ...] = tuple(config.axial_pos_shape)
         self.dropout: float = config.hidden_dropout_prob
-        self.weights = nn.ParameterList()
+        self.weights = AxialTables()
         for axis, width in enumerate(config.axial_pos_embds_dim):
             shape = [1] * len(self.axial_pos_shape)
             shape[axis] = self.axial_pos_shape[axis]
@@ -43,12 +56,7 @@ class AxialPositionEmbeddings(nn.Module):
         drops all features of those positions.
         """
         indices = self._indices(positions_XT)
-        # F.embedding, not ``weight[index]``: its backward is a sum over rows, deterministic on every device.
-        columns = [
-            F.embedding(index, weight.reshape(-1, weight.shape[-1]))
-            for index, weight in zip(indices, self.weights, strict=True)
-        ]
-        embedded_XTE = torch.cat(columns, dim=-1)
+        embedded_XTE = self.weights(indices)
         if not self.training or self.dropout == 0.0:
             return embedded_XTE
         axis = min(1, len(indices) - 1)

@@ -233,12 +233,6 @@ class ReformerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.check_fields()
-        depth = kwargs.pop("num_hidden_layers", len(self.attn_layers))
-        if depth != len(self.attn_layers):
-            raise ValueError(
-                f"num_hidden_layers must be the length of attn_layers, {len(self.attn_layers)}; got {depth!r}"
-            )
-        self.num_hidden_layers = len(self.attn_layers)
         self.axial_pos_shape = tuple(self.axial_pos_shape)
         self.axial_pos_embds_dim = tuple(self.axial_pos_embds_dim)
         for name in kwargs.keys() - _RETIRED:
@@ -249,6 +243,11 @@ class ReformerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "num_hidden_layers" and value != len(self.attn_layers):
+            raise ValueError(
+                f"num_hidden_layers must be the length of attn_layers, {len(self.attn_layers)}; got {value!r}. "
+                "Set attn_layers to change the depth"
+            )
         try:
             super().__setattr__(name, value)
         except Exception as error:
@@ -256,6 +255,12 @@ class ReformerConfig(PreTrainedConfig):
             if isinstance(error.__cause__, (TypeError, ValueError)):
                 raise error.__cause__ from None
             raise
+        if name == "attn_layers" and isinstance(value, (list, tuple)):
+            super().__setattr__("num_hidden_layers", len(value))
+        elif name == "num_buckets" and "trained_num_buckets" in self.__dict__:
+            # Set by somebody, not by the constructor: whatever was automatic before is so no longer.
+            super().__setattr__("num_buckets_automatic", False)
+            super().__setattr__("trained_num_buckets", None)
 
     def check_fields(self) -> None:
         """Raise ``ValueError`` for the first field that holds what it may not."""
@@ -291,6 +296,9 @@ class ReformerConfig(PreTrainedConfig):
         return math.prod(self.axial_pos_shape) if self.axial_pos_embds else self.max_position_embeddings
 
 
+_PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
+
+
 def check_consistency(config: ReformerConfig, *, decoder: bool | None = None) -> None:
     """Raise ``ValueError`` for fields that contradict each other, naming them.
 
@@ -299,6 +307,14 @@ def check_consistency(config: ReformerConfig, *, decoder: bool | None = None) ->
         decoder: whether this kind of model must be causal; None where both kinds work.
     """
     config.check_fields()
+    if config.problem_type not in _PROBLEM_TYPES:
+        allowed = ", ".join(map(repr, _PROBLEM_TYPES))
+        raise ValueError(f"problem_type must be one of {allowed}; got {config.problem_type!r}")
+    if not config.num_labels:
+        raise ValueError(f"num_labels must be an integer >= 1; got {config.num_labels}")
+    for name in ("output_hidden_states", "output_attentions"):
+        if getattr(config, name) not in (None, False, True):
+            raise ValueError(f"{name} must be True or False; got {getattr(config, name)!r}")
     for kind in _KINDS:
         if kind not in config.attn_layers:
             continue

@@ -15,10 +15,17 @@ from torch import Tensor
 from flash_reformer.models.inputs import check_inputs
 from flash_reformer.models.outputs import ReformerModelWithLMHeadOutput
 
+_NO_CACHE = "decoding is not cached in this version"
 _REFUSED = {
     "position_ids": "positions follow from attention_mask",
-    "past_key_values": "decoding is not cached in this version",
-    "past_buckets_states": "decoding is not cached in this version",
+    "past_key_values": _NO_CACHE,
+    "past_buckets_states": _NO_CACHE,
+    "cache_implementation": _NO_CACHE,
+    "cache_config": _NO_CACHE,
+    "prefill_chunk_size": _NO_CACHE,
+    "assistant_model": _NO_CACHE,
+    "prompt_lookup_num_tokens": _NO_CACHE,
+    "guidance_scale": _NO_CACHE,
     "output_attentions": "rows run apart and have no common layout",
     "output_hidden_states": "rows run apart and have no common layout",
 }
@@ -33,10 +40,33 @@ class UncachedGeneration:
         ``attention_mask`` may pad rows on either side. ``num_hashes`` sets the hash rounds.
 
         Raises:
-            ValueError: for what decoding without a cache cannot honour.
+            ValueError: for what decoding without a cache cannot honour, and for a length that the position table
+                does not hold.
         """
-        _refuse(kwargs)
+        for name, reason in _REFUSED.items():
+            if kwargs.get(name) is not None and kwargs[name] is not False:
+                raise ValueError(f"generate does not take {name}: {reason}")
+        prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        prompt = kwargs.get("inputs_embeds") if prompt is None else prompt
+        if isinstance(prompt, Tensor) and prompt.dim() >= 2:
+            self._check_length(prompt, kwargs)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _check_length(self: Any, prompt: Tensor, options: dict[str, Any]) -> None:
+        """Refuse to start what would run out of positions. Of pads no position is used up."""
+        config = options.get("generation_config") or self.generation_config
+        columns, mask = prompt.shape[1], options.get("attention_mask")
+        tokens = int(mask.sum(dim=1).max()) if isinstance(mask, Tensor) and mask.dim() == 2 else columns
+        new, total = (options.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length"))
+        if new is None:
+            new = total - columns if total is not None else 0
+        limit = self.config.max_length_of_positions
+        # The last new token is written, not read.
+        if tokens + new - 1 > limit:
+            raise ValueError(
+                f"max_new_tokens or max_length asks for {new} tokens after a prompt of {tokens}, "
+                f"but the position table holds {limit}"
+            )
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -50,10 +80,9 @@ class UncachedGeneration:
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         num_hashes: int | None = None,
-        **others: Any,
+        **_: Any,
     ) -> dict[str, Any]:
         """Return the arguments of the forward that a generation step makes: always the whole sequence."""
-        _refuse(others)
         model_inputs: dict[str, Any] = {
             "attention_mask": attention_mask,
             "num_hashes": num_hashes,
@@ -109,9 +138,3 @@ class UncachedGeneration:
         inputs = check_inputs(self.config, input_ids, attention_mask, None, inputs_embeds, num_hashes, alone=True)
         logits = self._last_logits_of_rows(inputs.input_ids, inputs.inputs_embeds, inputs.mask_BT, num_hashes)
         return ReformerModelWithLMHeadOutput(logits=logits)
-
-
-def _refuse(options: dict[str, Any]) -> None:
-    for name, reason in _REFUSED.items():
-        if options.get(name) is not None and options[name] is not False:
-            raise ValueError(f"generate does not take {name}: {reason}")

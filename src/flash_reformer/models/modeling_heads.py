@@ -43,7 +43,7 @@ def _mean(total: Tensor, count: Tensor | int, num_items_in_batch: Tensor | int |
 
 
 def _check_token_labels(labels: Tensor, given: Tensor, config: ReformerConfig) -> None:
-    check_tensor("labels", labels, [tuple(given.shape[:2])], (torch.int64,))
+    check_tensor("labels", labels, [tuple(given.shape[:2])], (torch.int64, torch.int32))
     check_values("labels", labels, 0, config.vocab_size, also=IGNORE_INDEX)
 
 

@@ -83,6 +83,19 @@ class ReformerPreTrainedModel(PreTrainedModel):
         """
         cast(ReformerModel, self.base_model)._backend = functional.check_backend(backend)
 
+    def share_trained_buckets(self) -> None:
+        """Record the largest automatic bucket count that any rank has trained with. A collective call.
+
+        Ranks see inputs of different lengths, and one of them saves. Without ``torch.distributed`` this does nothing.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        recorded: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(recorded, self.config.trained_num_buckets)
+        for factors in recorded:
+            if factors is not None:
+                self.config.record_trained_buckets(tuple(factors))
+
 
 class ReformerModel(ReformerPreTrainedModel):
     """Embeddings and the stack; ``[B, T]`` token ids become ``[B, T, 2 * hidden_size]`` hidden states.
@@ -219,7 +232,8 @@ class ReformerModel(ReformerPreTrainedModel):
         T = inputs.length
         output = ReformerModelOutput(
             last_hidden_state=hidden_BTX[:, :T],
-            hidden_states=tuple(state[:, :T] for state in states) if output_hidden_states else None,
+            # Without pads the very tensors of the chain, so that gradients can be asked for with respect to them.
+            hidden_states=tuple(s if length == T else s[:, :T] for s in states) if output_hidden_states else None,
             attentions=tuple(_crop_probs(p, T) for p in probs) if output_attentions else None,
         )
         return output if return_dict else output.to_tuple()

@@ -21,7 +21,7 @@ def cross_entropy_sum(logits_XV: Tensor, labels_X: Tensor, ignore_index: int = I
     1.3862943649291992
     """
     return F.cross_entropy(
-        _wide(logits_XV).flatten(0, -2), labels_X.flatten(), ignore_index=ignore_index, reduction="sum"
+        _wide(logits_XV).flatten(0, -2), labels_X.flatten().long(), ignore_index=ignore_index, reduction="sum"
     )
 
 

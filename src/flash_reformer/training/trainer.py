@@ -79,6 +79,11 @@ class BytesTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, on whichever rank saves, with the bucket count of the longest input of all ranks."""
+        self.accelerator.unwrap_model(self.model).share_trained_buckets()
+        super().save_model(output_dir, _internal_call)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate with the same random rotations each time, and without moving the generator that training uses."""
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
