@@ -1,4 +1,4 @@
-"""The automatic bucket count that is saved is the largest that any rank has trained with (SEMANTICS, automatic buckets)."""
+"""The automatic bucket count that is saved is the largest that any rank has trained with (SEMANTICS 1.4)."""
 
 from __future__ import annotations
 
