@@ -15,6 +15,8 @@ from torch import Tensor
 
 #: How many tensors' worth of free heap is left alone; a block's own temporaries come to about half of it.
 _FREE_TENSORS = 32
+#: Below so many bytes a tensor's holes are not worth the page faults.
+_SMALL = 2**20
 
 
 class _HeapFacts(ctypes.Structure):
@@ -39,7 +41,8 @@ def _glibc() -> Any:
 
 def tidy_heap(x: Tensor) -> None:
     """Give free memory back to the system once it is worth many tensors like ``x`` (CPU, glibc; else nothing)."""
-    if x.device.type != "cpu" or x.numel() < 2**16 or (libc := _glibc()) is None:
+    size = x.numel() * x.element_size()
+    if x.device.type != "cpu" or size < _SMALL or (libc := _glibc()) is None:
         return
-    if libc.mallinfo2().free > _FREE_TENSORS * x.numel() * x.element_size():
+    if libc.mallinfo2().free > _FREE_TENSORS * size:
         libc.malloc_trim(0)
