@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch import Tensor
 _FREE_TENSORS = 32
 #: Below so many bytes a tensor's holes are not worth the page faults.
 _SMALL = 2**20
+#: Only each so-manieth block looks: page faults after every block would cost a third of a small model's time.
+_EVERY = 4
+_calls = itertools.count()
 
 
 class _HeapFacts(ctypes.Structure):
@@ -42,7 +46,7 @@ def _glibc() -> Any:
 def tidy_heap(x: Tensor) -> None:
     """Give free memory back to the system once it is worth many tensors like ``x`` (CPU, glibc; else nothing)."""
     size = x.numel() * x.element_size()
-    if x.device.type != "cpu" or size < _SMALL or (libc := _glibc()) is None:
+    if x.device.type != "cpu" or size < _SMALL or next(_calls) % _EVERY or (libc := _glibc()) is None:
         return
     if libc.mallinfo2().free > _FREE_TENSORS * size:
         libc.malloc_trim(0)
