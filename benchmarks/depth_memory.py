@@ -91,7 +91,7 @@ def measure(layers: int, reversible: bool) -> dict[str, Any]:
 def measure_in_subprocess(layers: int, reversible: bool) -> dict[str, Any]:
     """Run :func:`measure` in a fresh process, whose peak is nobody else's."""
     # With a fixed threshold glibc hands every freed tensor back at once, so resident memory is what tensors take.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-m", "benchmarks.depth_memory", "--measure", str(layers)]
     arguments += [] if reversible else ["--plain"]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=ROOT)
