@@ -19,13 +19,21 @@ from flash_reformer.models.modeling_reformer import (
     ReformerPreTrainedModel,
 )
 from flash_reformer.models.outputs import ReformerModelOutput, ReformerModelWithLMHeadOutput
+from flash_reformer.models.pipelines import QuestionAnsweringPipeline
+from flash_reformer.tokenization.auto import register as _register_tokenizers
+from flash_reformer.tokenization.byte_tokenizer import ReformerByteTokenizer
+from flash_reformer.tokenization.tokenizer import ReformerTokenizer
+from flash_reformer.tokenization.tokenizer_fast import ReformerTokenizerFast
 
 _register()
+_register_tokenizers(ReformerConfig)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "QuestionAnsweringPipeline",
     "ReformerAttention",
+    "ReformerByteTokenizer",
     "ReformerConfig",
     "ReformerForMaskedLM",
     "ReformerForQuestionAnswering",
@@ -36,5 +44,7 @@ __all__ = [
     "ReformerModelWithLMHead",
     "ReformerModelWithLMHeadOutput",
     "ReformerPreTrainedModel",
+    "ReformerTokenizer",
+    "ReformerTokenizerFast",
     "__version__",
 ]

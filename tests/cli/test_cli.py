@@ -11,6 +11,7 @@ from flash_reformer.cli import app
 from flash_reformer.cli.options import given_model_fields, given_settings, model_parameters, settings_parameters
 from flash_reformer.cli.progress import describe
 from flash_reformer.training.progress import Progress
+from flash_reformer.training.tasks import TASKS
 
 SIZES = (
     "--layers local,lsh --hidden-size 16 --num-heads 2 --head-size 8 --feed-forward-size 16 "
@@ -57,7 +58,7 @@ def trained(texts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path
     result = run("train", "--text", *texts, "--output", output, *SIZES, *QUICK)
     assert result.exit_code == 0, result.stderr
     said = re.sub(r"\s+", " ", result.stdout)
-    assert "bits per byte on held-out text" in said
+    assert "held-out bits per byte" in said
     assert "4 steps, 512 tokens" in said
     for name in ("metrics.json", "loss_curve.png", "loss_curve.svg", "sample.txt", "checkpoint-4"):
         assert str(output / name) in result.stdout
@@ -142,7 +143,7 @@ def test_generate_says_what_is_wrong(trained, tmp_path):
         (["--resume", "--hidden-size", 8, "--layers", "lsh"], "--layers, --hidden-size"),
         (["--resume", "--preset", "demo"], "it contradicts --preset"),
         (["--preset", "demo", "--init-from", "x"], "contradicts preset 'demo'"),
-        (["--preset", "nonsense"], "preset must be one of demo, got 'nonsense'"),
+        (["--preset", "nonsense"], "preset must be one of demo for clm, got 'nonsense'"),
         (["--standard-library", "--max-steps", 0], "max_steps must be at least 1, got 0"),
         (["--standard-library", "--max-steps", 1, "--layers", "dense"], "attn_layers"),
         (["--standard-library", "--max-steps", 1, "--num-buckets", "x"], "num_buckets must be whole numbers"),
@@ -177,21 +178,24 @@ def test_debug_shows_where(tmp_path):
     assert isinstance(result.exception, ValueError)
 
 
-def test_help_names_every_setting():
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["train", "--help"])
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_help_names_every_setting(task):
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["train", task.name, "--help"])
     assert result.exit_code == 0
-    for parameter in (*settings_parameters(), *model_parameters()):
+    for parameter in (*settings_parameters(task), *model_parameters(task)):
         assert "--" + parameter.name.replace("_", "-") in result.stdout, parameter.name
 
 
-def test_flags_not_given_set_nothing():
-    nothing = {parameter.name: None for parameter in (*settings_parameters(), *model_parameters())}
-    assert given_settings(nothing) == {}
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_flags_not_given_set_nothing(task):
+    nothing = {parameter.name: None for parameter in (*settings_parameters(task), *model_parameters(task))}
+    assert given_settings(task, nothing) == {}
     assert given_model_fields(nothing) == {}
-    assert given_settings({**nothing, "seed": 0, "cpu": False}) == {"seed": 0, "cpu": False}
+    assert given_settings(task, {**nothing, "seed": 0, "cpu": False}) == {"seed": 0, "cpu": False}
 
 
 def test_progress_is_one_readable_line():
-    now = Progress("step", 12, 0.5, 4096, 1234.5, 61.0, 3.14159, None, 2**30)
-    assert describe(now) == "1,234 tokens/s · 3.142 bits/byte (held out –) · 1:01 left · step 12 · 1.00 GiB"
-    assert describe(Progress("start")) == "0 tokens/s · – bits/byte (held out –) · – left · step 0 · –"
+    now = Progress("step", 12, 0.5, 4096, 1234.5, 61.0, "accuracy", "loss", 3.14159, None, 2**30)
+    said = "1,234 tokens/s · loss 3.142 · held-out accuracy – · 1:01 left · step 12 · 1.00 GiB"
+    assert describe(now) == said
+    assert describe(Progress("start")) == "0 tokens/s · – left · step 0 · –"

@@ -184,6 +184,7 @@ BAD_FIELDS = {
     "bos_token_id": ("x", 1.5, []),
     "chunk_size_feed_forward": FROM_ZERO,
     "chunk_size_lm_head": FROM_ZERO,
+    "classifier_pooling": ["cls", 1, True],
     "classifier_dropout": PROBABILITY[:-1],
     "eos_token_id": ("x", 1.5),
     "feed_forward_size": COUNT,

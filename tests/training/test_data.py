@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flash_reformer.tokenization.bytes import BYTE_OFFSET, EOS_ID
-from flash_reformer.training.data import IGNORED_LABEL, Document, PackedBlocks, hold_out, pack
+from flash_reformer.training.data import Document, hold_out
+from flash_reformer.training.packing import IGNORED_LABEL, PackedBlocks, pack
 
 
 def documents(count: int, size: int = 40) -> list[Document]:
@@ -16,8 +17,10 @@ def documents(count: int, size: int = 40) -> list[Document]:
 
 def test_pack_puts_an_end_around_every_document_and_keeps_every_byte():
     tokens = pack([Document("a", b"\x00\xff"), Document("b", b"AB")])
-    assert tokens.tolist() == [EOS_ID, 2, 257, EOS_ID, 67, 68, EOS_ID]
-    assert tokens.dtype == np.uint16
+    assert tokens.ids.tolist() == [EOS_ID, 2, 257, EOS_ID, 67, 68, EOS_ID]
+    assert tokens.ids.dtype == np.uint16
+    assert tokens.byte_counts.tolist() == [0, 1, 1, 0, 1, 1, 0]
+    assert tokens.words.tolist() == [-1, 0, 0, -1, 1, 1, -1]
 
 
 @given(data=st.binary(min_size=1, max_size=70), length=st.integers(2, 17))
@@ -26,13 +29,13 @@ def test_blocks_predict_every_token_but_the_first_exactly_once(data, length):
     blocks = PackedBlocks(tokens, length)
     seen = []
     for block in blocks:
-        assert len(block["input_ids"]) == min(length, len(tokens))
+        assert len(block["input_ids"]) == min(length, len(tokens.ids))
         seen += [label for label in block["labels"][1:].tolist() if label != IGNORED_LABEL]
         # Where a label counts it is the input itself: the model shifts.
         counts = block["labels"] != IGNORED_LABEL
         assert block["labels"][counts].tolist() == block["input_ids"][counts].tolist()
         assert block["labels"][0] == IGNORED_LABEL
-    assert seen == tokens[1:].tolist()
+    assert seen == tokens.ids[1:].tolist()
     assert blocks.predicted_tokens == len(seen)
     assert blocks.predicted_bytes == len(data)
 
@@ -43,7 +46,7 @@ def test_spread_takes_whole_blocks_from_one_end_to_the_other():
     assert len(some) == 5
     assert all((block["labels"][1:] != IGNORED_LABEL).all() for block in some)
     assert some.starts[0] == 0
-    assert some.starts[-1] == max(start for start in blocks.starts if start + 64 <= len(blocks.tokens))
+    assert some.starts[-1] == max(start for start in blocks.starts if start + 64 <= len(blocks.text.ids))
     assert some.predicted_tokens == 5 * 63
     ids = np.stack([block["input_ids"].numpy() for block in some])
     assert some.predicted_bytes == (ids[:, 1:] >= BYTE_OFFSET).sum()

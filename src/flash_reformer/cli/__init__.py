@@ -2,8 +2,10 @@
 
 import typer
 
+from flash_reformer.cli.convert import convert
 from flash_reformer.cli.generate import generate
-from flash_reformer.cli.train import train
+from flash_reformer.cli.tokenizer import tokenizer
+from flash_reformer.cli.train import app as train
 
 app = typer.Typer(
     name="flash-reformer",
@@ -12,8 +14,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(train)
+app.add_typer(train, name="train")
 app.command()(generate)
+app.command()(tokenizer)
+app.command()(convert)
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from flash_reformer.models.configuration_reformer import ReformerConfig
-from flash_reformer.training.settings import MODEL_OPTIONS, TrainingSettings, parse_model_option
+from flash_reformer.training.presets import MODEL_OPTIONS, parse_model_option
+from flash_reformer.training.tasks import Task
 
 # Values that a shell gives as they are; all other kinds are text that is parsed.
 _PLAIN_KINDS: Mapping[str, type] = {"int": int, "float": float}
@@ -21,11 +22,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def settings_parameters() -> list[inspect.Parameter]:
-    """Make one optional flag per field of :class:`TrainingSettings`."""
-    hints = typing.get_type_hints(TrainingSettings)
+def settings_parameters(task: type[Task]) -> list[inspect.Parameter]:
+    """Make one optional flag per setting of a task."""
+    hints = typing.get_type_hints(task.settings_class)
     parameters = []
-    for field in dataclasses.fields(TrainingSettings):
+    for field in dataclasses.fields(task.settings_class):
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):
             kind = next(choice for choice in kind.__args__ if choice is not types.NoneType)
@@ -36,12 +37,14 @@ def settings_parameters() -> list[inspect.Parameter]:
     return parameters
 
 
-def model_parameters() -> list[inspect.Parameter]:
-    """Make one optional flag per model size in ``MODEL_OPTIONS``."""
-    defaults = ReformerConfig()
+def model_parameters(task: type[Task]) -> list[inspect.Parameter]:
+    """Make one optional flag per model size in ``MODEL_OPTIONS``; the defaults are the task's."""
+    plain = ReformerConfig()
     parameters = []
     for name, (field, kind, help_text) in MODEL_OPTIONS.items():
-        value = None if name.startswith("axial_pos_") else getattr(defaults, field)
+        if field.startswith("classifier_") and task.name != "classify":
+            continue  # it would have no effect
+        value = None if name.startswith("axial_pos_") else task.model_defaults.get(field, getattr(plain, field))
         if isinstance(value, list | tuple):
             value = ",".join(map(str, value))
         default = None if value is None else str(value)
@@ -77,9 +80,9 @@ def with_flags(*parameters: inspect.Parameter) -> Callable[[Callable[..., None]]
     return decorate
 
 
-def given_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+def given_settings(task: type[Task], given: Mapping[str, Any]) -> dict[str, Any]:
     """Pick the settings of the run out of the flags given."""
-    names = [field.name for field in dataclasses.fields(TrainingSettings)]
+    names = [field.name for field in dataclasses.fields(task.settings_class)]
     picked = {name: given[name] for name in names if given.get(name) not in (None, [])}
     if "text" in picked:
         picked["text"] = tuple(picked["text"])

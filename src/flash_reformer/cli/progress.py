@@ -28,10 +28,10 @@ def _clock(seconds: float | None) -> str:
 def describe(now: Progress) -> str:
     """Say in one line where a run stands."""
     memory = "–" if now.memory_bytes is None else f"{now.memory_bytes / 2**30:.2f} GiB"
-    quality = f"{_number(now.bits_per_byte)} bits/byte (held out {_number(now.held_out_bits_per_byte)})"
+    quality = f"{now.training_measure} {_number(now.training)} · held-out {now.measure} {_number(now.held_out)} · "
     # What matters most comes first: a narrow terminal cuts the end off.
     return (
-        f"{now.tokens_per_second:,.0f} tokens/s · {quality} · {_clock(now.seconds_left)} left · "
+        f"{now.tokens_per_second:,.0f} tokens/s · {quality if now.measure else ''}{_clock(now.seconds_left)} left · "
         f"step {now.step} · {memory}"
     )
 
@@ -69,7 +69,7 @@ class ProgressBar:
         self._bar.update(self._task, completed=now.fraction, description=describe(now))
         waited = time.monotonic() - self._last_line
         if now.event == "evaluate":
-            text = f"step {now.step}: {_number(now.held_out_bits_per_byte)} bits per byte on held-out text"
+            text = f"step {now.step}: held-out {now.measure} {_number(now.held_out)}"
         elif now.event == "step" and not self.console.is_terminal and waited > SECONDS_BETWEEN_PLAIN_LINES:
             text = describe(now)
         else:

@@ -1,4 +1,4 @@
-"""``flash-reformer train``: a byte-level causal language model from text."""
+"""``flash-reformer train clm|mlm|classify|qa``: a model from text or examples."""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from flash_reformer.cli.errors import readable_errors
 from flash_reformer.cli.options import (
@@ -19,48 +20,104 @@ from flash_reformer.cli.options import (
 )
 from flash_reformer.cli.progress import ProgressBar
 from flash_reformer.models.configuration_reformer import ReformerConfig
-from flash_reformer.training.recipes import TrainingResult, resume_clm, train_clm
-from flash_reformer.training.settings import PRESETS
+from flash_reformer.training import recipes
+from flash_reformer.training.presets import PRESETS
+from flash_reformer.training.recipes import TrainingResult
+from flash_reformer.training.tasks import TASKS, Task
 
 # Written by `save_pretrained` into every config; they say what wrote it, not what the model is.
 _BOOKKEEPING = frozenset({"model_type", "architectures", "transformers_version", "dtype", "_name_or_path"})
 
 
-@with_flags(*settings_parameters(), *model_parameters())
-def train(
-    files: Annotated[list[Path] | None, typer.Argument(help="More files for --text.", show_default=False)] = None,
-    preset: Annotated[str | None, typer.Option(help=f"Starting point: {', '.join(PRESETS)}.")] = None,
-    config: Annotated[Path | None, typer.Option(help="ReformerConfig as JSON; flags come on top of it.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
-    resume_from: Annotated[str | None, typer.Option(help="Go on from this checkpoint.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run in --output.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    **given: Any,
-) -> None:
-    """Train a byte-level causal Reformer on text, and save it.
+class _ByTask(TyperGroup):
+    """Lets `train --text ...` mean `train clm --text ...`, the first task there was."""
 
-    For example: flash-reformer train --preset demo --output runs/demo
-    """
-    console = Console()
-    with readable_errors(debug, on_interrupt="interrupted; --resume goes on from the last checkpoint"):
-        if files and not given["text"]:
-            raise ValueError(f"unexpected argument {str(files[0])!r}: name text files after --text")
-        settings = given_settings({**given, "text": [*(given["text"] or []), *map(str, files or [])]})
-        fields = given_model_fields(given)
-        with ProgressBar(console) as bar:
-            if resume or resume_from is not None:
-                _refuse_on_resume(resume, resume_from, given, preset=preset, config=config, overwrite=overwrite)
-                if resume_from is not None and "output" not in settings:
-                    settings["output"] = str(Path(resume_from).parent)
-                result = resume_clm(settings, resume_from=resume_from, report=bar)
-            else:
-                if config is not None:
-                    base = _read_config(config)
-                    if "attn_layers" in fields:
-                        base.pop("num_hidden_layers", None)  # it counts the layers that --layers replaces
-                    fields = {**base, **fields}
-                result = train_clm(settings, fields, preset=preset, overwrite=overwrite, report=bar)
-        _show(console, result)
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Put the task in where flags come first."""
+        if args and args[0].startswith("-") and args[0] != "--help":
+            args = ["clm", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=_ByTask, no_args_is_help=True, help="Train a Reformer for a task; without one, clm.")
+
+
+def _add(task: type[Task], says: str, example: str) -> None:
+    presets = [name for name, preset in PRESETS.items() if preset.task == task.name]
+
+    @with_flags(*settings_parameters(task), *model_parameters(task))
+    def command(
+        files: Annotated[
+            list[Path] | None, typer.Argument(help="More files for --text.", show_default=False, hidden=True)
+        ] = None,
+        preset: Annotated[
+            str | None, typer.Option(help=f"Starting point: {', '.join(presets)}.", hidden=not presets)
+        ] = None,
+        config: Annotated[Path | None, typer.Option(help="ReformerConfig as JSON; flags come on top of it.")] = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
+        resume_from: Annotated[str | None, typer.Option(help="Go on from this checkpoint.")] = None,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run in --output.")] = False,
+        debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+        **given: Any,
+    ) -> None:
+        console = Console()
+        with readable_errors(debug, on_interrupt="interrupted; --resume goes on from the last checkpoint"):
+            if files and not given.get("text"):
+                hint = "name text files after --text" if "text" in given else "name examples after --dataset"
+                raise ValueError(f"unexpected argument {str(files[0])!r}: {hint}")
+            if files:
+                given["text"] = [*given["text"], *map(str, files)]
+            with ProgressBar(console) as bar:
+                if resume or resume_from is not None:
+                    _refuse_on_resume(resume, resume_from, given, preset=preset, config=config, overwrite=overwrite)
+                    result = _resume(task, given, resume_from, bar)
+                else:
+                    fields = _fields(given, config)
+                    settings = given_settings(task, given)
+                    result = recipes.train(task.name, settings, fields, preset=preset, overwrite=overwrite, report=bar)
+            _show(console, result)
+
+    command.__doc__ = f"{says}\n\nFor example: flash-reformer train {task.name} {example}"
+    app.command(task.name)(command)
+
+
+_add(
+    TASKS["clm"],
+    "Train a causal language model on text: it goes on with what it is given.",
+    "--text book.txt --max-steps 500 --output runs/book",
+)
+_add(
+    TASKS["mlm"],
+    "Train a masked language model on text: it fills in words.",
+    "--text book.txt --output runs/book",
+)
+_add(
+    TASKS["classify"],
+    "Train a classifier on texts with labels (JSONL, CSV, parquet or a dataset's name).",
+    "--dataset reviews.jsonl --output runs/reviews",
+)
+_add(
+    TASKS["qa"],
+    "Train a model that finds answers in texts (SQuAD-style JSON, JSONL or a dataset's name).",
+    "--dataset questions.json --output runs/answers",
+)
+
+
+def _resume(task: type[Task], given: Mapping[str, Any], resume_from: str | None, bar: ProgressBar) -> TrainingResult:
+    settings = given_settings(task, given)
+    if resume_from is not None and "output" not in settings:
+        settings["output"] = str(Path(resume_from).parent)
+    return recipes.resume(settings, resume_from=resume_from, task=task.name, report=bar)
+
+
+def _fields(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
+    fields = given_model_fields(given)
+    if config is None:
+        return fields
+    base = _read_config(config)
+    if "attn_layers" in fields:
+        base.pop("num_hidden_layers", None)  # it counts the layers that --layers replaces
+    return {**base, **fields}
 
 
 def _refuse_on_resume(resume: bool, resume_from: str | None, given: Mapping[str, Any], **others: Any) -> None:
@@ -100,10 +157,11 @@ def _show(console: Console, result: TrainingResult) -> None:
         console.print(result.sample[0], style="dim", end="", markup=False, highlight=False)
         console.print(result.sample[1], markup=False, highlight=False)
         console.rule()
+    measure = result.task.measure
     console.print(
         f"{metrics['parameters']:,} parameters, {metrics['steps']} steps, {metrics['tokens']:,} tokens in "
-        f"{metrics['seconds']:.0f} s; held-out bits per byte {metrics['held_out_bits_per_byte_at_start']:.3f} -> "
-        f"{metrics['held_out_bits_per_byte']:.3f}",
+        f"{metrics['seconds']:.0f} s; held-out {measure.name} {metrics[f'held_out_{measure.key}_at_start']:.3f} -> "
+        f"{metrics[f'held_out_{measure.key}']:.3f}",
         highlight=False,
         soft_wrap=True,
     )

@@ -28,6 +28,14 @@ class ReformerFeedForwardDense(nn.Module):
         """Map ``[B, T, E]`` to ``[B, T, feed_forward_size]``."""
         return self.act_fn(self.dropout(self.dense(hidden_BTE)))
 
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules inside, not this one.
+
+        Checkpoints name it ``dense``, like the linear layer in it and those of the other projections. Whoever picks
+        modules by that name, as LoRA does, means linear layers, and would stumble over a container.
+        """
+        return ((name, module) for name, module in super().named_modules(*args, **kwargs) if module is not self)
+
 
 class ReformerFeedForwardOutput(nn.Module):
     """Narrow, drop."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 _KINDS = ("lsh", "local")
+POOLINGS = ("first", "last", "mean", "max")
 #: Fields of configurations written long ago. They are read without complaint and mean nothing.
 _RETIRED = {
     "attention_probs_dropout_prob",
@@ -24,6 +25,9 @@ _RETIRED = {
     "output_past",
     "sinusoidal_pos_embds",
 }
+
+#: What a checkpoint says about its position tables.
+POSITION_FIELDS = ("axial_pos_embds", "axial_pos_embds_dim", "axial_pos_shape", "max_position_embeddings")
 
 
 def _is_int(value: Any) -> bool:
@@ -78,6 +82,10 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "chunk_size_feed_forward": _int_from(0),
     "chunk_size_lm_head": _int_from(0),
     "classifier_dropout": _optional(_PROBABILITY),
+    "classifier_pooling": (
+        f"None or one of {', '.join(map(repr, POOLINGS))}",
+        lambda value: value is None or value in POOLINGS,
+    ),
     "eos_token_id": (
         "an integer, a non-empty list of them, or None",
         lambda v: v is None or _is_int(v) or (isinstance(v, list) and len(v) > 0 and all(map(_is_int, v))),
@@ -145,6 +153,9 @@ class ReformerConfig(PreTrainedConfig):
         chunk_size_feed_forward: positions at a time through the feed-forward layers; 0 for all.
         chunk_size_lm_head: positions at a time through the output layer; 0 for all.
         classifier_dropout: dropout of the classification head; None takes ``hidden_dropout_prob``.
+        classifier_pooling: what the classification head reads: the ``"first"`` token, the ``"last"`` unmasked one, or
+            the ``"mean"`` or ``"max"`` over all unmasked ones. None is ``"first"``, or ``"last"`` in a causal model,
+            as in published checkpoints; transformers' Reformer knows nothing else.
         feed_forward_size: inner width of the feed-forward layers.
         hash_seed: seed of the hash rotations. None (recommended) draws fresh ones in every forward.
         hidden_act: name of the feed-forward activation.
@@ -186,6 +197,8 @@ class ReformerConfig(PreTrainedConfig):
     model_type = "reformer"
     keys_to_ignore_at_inference = ["past_buckets_states"]
     attribute_map = {}
+    #: The checkpoint's ``POSITION_FIELDS`` where ``from_pretrained`` was given other sizes. Never saved.
+    checkpoint_positions = None  # type: dict[str, Any] | None
 
     attention_head_size: int = 64
     attn_layers: list[str] | tuple[str, ...] = ("local", "lsh", "local", "lsh", "local", "lsh")
@@ -228,6 +241,7 @@ class ReformerConfig(PreTrainedConfig):
     lsh_attend_across_buckets: bool = True
     lsh_allow_duplicate_attention: bool = True
     full_attention_below: int = 0
+    classifier_pooling: str | None = None
     num_buckets_automatic: bool = False
     trained_num_buckets: list[int] | None = None
 
@@ -261,6 +275,25 @@ class ReformerConfig(PreTrainedConfig):
             # Set by somebody, not by the constructor: whatever was automatic before is so no longer.
             super().__setattr__("num_buckets_automatic", False)
             super().__setattr__("trained_num_buckets", None)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a configuration from a checkpoint's, with ``kwargs`` on top.
+
+        Sizes of position tables among them are a wish to resize: the checkpoint's own are remembered, for whichever
+        model is loaded with this configuration.
+        """
+        resizes = any(kwargs.get(name) is not None for name in ("axial_pos_shape", "max_position_embeddings"))
+        stored = {name: config_dict.get(name, getattr(cls, name)) for name in POSITION_FIELDS}
+        made = super().from_dict(config_dict, **kwargs)
+        config: Any = made[0] if isinstance(made, tuple) else made
+        if resizes:
+            config.checkpoint_positions = stored
+        return made
+
+    def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
+        d.pop("checkpoint_positions", None)
+        super()._remove_keys_not_serialized(d)
 
     def check_fields(self) -> None:
         """Raise ``ValueError`` for the first field that holds what it may not."""

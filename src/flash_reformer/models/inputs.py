@@ -81,6 +81,19 @@ def check_flags(**flags: object) -> None:
             raise TypeError(f"{name} must be True, False or None; got {value!r}")
 
 
+def _check_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
+    try:
+        check_values("input_ids", input_ids, 0, vocab_size)
+    except ValueError as error:
+        largest = int(input_ids.max())
+        if largest < vocab_size:
+            raise
+        raise ValueError(
+            f"{error}. The model's vocab_size is {vocab_size}, and id {largest} is of a vocabulary of at least "
+            f"{largest + 1}: the tokenizer is another one, or model.resize_token_embeddings(len(tokenizer)) is due"
+        ) from None
+
+
 def _check_given(config: ReformerConfig, input_ids: object, inputs_embeds: object) -> tuple[int, int]:
     if (input_ids is None) == (inputs_embeds is None):
         number = "neither" if input_ids is None else "both"
@@ -97,7 +110,7 @@ def _check_given(config: ReformerConfig, input_ids: object, inputs_embeds: objec
         raise ValueError(f"{name} must hold at least one row and one token; got shape {list(given.shape)}")
     if name == "input_ids":
         check_tensor(name, given, [(B, T)], _INTEGERS)
-        check_values(name, given, 0, config.vocab_size)
+        _check_vocabulary(given, config.vocab_size)
     else:
         floats = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         check_tensor(name, given, [(B, T, config.hidden_size)], floats)

@@ -225,7 +225,9 @@ class ReformerForMaskedLM(_LanguageModel):
 class ReformerForSequenceClassification(ReformerPreTrainedModel):
     """A class, several classes or numbers for a whole sequence.
 
-    A bidirectional model pools position 0, which has seen everything; a causal one the last unmasked token.
+    A bidirectional model pools position 0, a causal one the last unmasked token; ``config.classifier_pooling`` can
+    choose otherwise. In a long sequence one position sees little of the rest through chunks and buckets, and training
+    from scratch has hardly a gradient to begin with; ``"max"`` picks up what any position has found.
     """
 
     def __init__(self, config: ReformerConfig) -> None:
@@ -237,12 +239,19 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
         self.post_init()
 
     def _pool(self, hidden_BTX: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if not self.config.is_decoder:
+        pooling = self.config.classifier_pooling or ("last" if self.config.is_decoder else "first")
+        if pooling == "first":
             return hidden_BTX[:, 0]
         if attention_mask is None:
-            return hidden_BTX[:, -1]
+            attention_mask = hidden_BTX.new_ones(hidden_BTX.shape[:2], dtype=torch.bool)
+        real_BT1 = (attention_mask != 0).unsqueeze(-1)
+        if pooling == "mean":
+            total = torch.where(real_BT1, hidden_BTX, 0).sum(dim=1)
+            return total / real_BT1.sum(dim=1).clamp(min=1)
+        if pooling == "max":
+            return torch.where(real_BT1, hidden_BTX, torch.finfo(hidden_BTX.dtype).min).amax(dim=1)
         places = torch.arange(hidden_BTX.shape[1], device=hidden_BTX.device)
-        last_B = torch.where(attention_mask != 0, places, 0).amax(dim=1)
+        last_B = torch.where(real_BT1.squeeze(-1), places, 0).amax(dim=1)
         return hidden_BTX.gather(1, last_B.view(-1, 1, 1).expand(-1, 1, hidden_BTX.shape[-1])).squeeze(1)
 
     def _problem_type(self, labels: Tensor) -> str:
@@ -257,7 +266,8 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
             raise TypeError(f"labels must be a torch.Tensor; got {type(labels).__name__}")
         problem_type = self._problem_type(labels)
         if problem_type == "single_label_classification":
-            check_tensor("labels", labels, [(batch_size,), (batch_size, 1)], (torch.int64, torch.int32))
+            bare: list[tuple[int, ...]] = [()] if batch_size == 1 else []  # as public examples have it
+            check_tensor("labels", labels, [(batch_size,), (batch_size, 1), *bare], (torch.int64, torch.int32))
             check_values("labels", labels, 0, self.num_labels, also=IGNORE_INDEX)
             return problem_type
         shapes: list[tuple[int, ...]] = [(batch_size, self.num_labels)]

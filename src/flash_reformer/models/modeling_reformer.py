@@ -20,6 +20,7 @@ from flash_reformer.layers.head import ReformerOnlyLMHead
 from flash_reformer.models import inputs as door
 from flash_reformer.models.configuration_reformer import ReformerConfig, check_consistency
 from flash_reformer.models.outputs import ReformerModelOutput
+from flash_reformer.models.resizing import ResizablePositions
 
 __all__ = ["ReformerAttention", "ReformerLayer", "ReformerModel", "ReformerPreTrainedModel"]
 
@@ -31,7 +32,7 @@ class ReformerLayer(block.ReformerLayer):
         super().__init__(config, layer_id, ACT2FN[config.hidden_act])
 
 
-class ReformerPreTrainedModel(PreTrainedModel):
+class ReformerPreTrainedModel(ResizablePositions, PreTrainedModel):
     """Loading, saving and initialisation, common to all Reformers."""
 
     config_class = ReformerConfig

@@ -1,6 +1,17 @@
-"""Training Reformers on text."""
+"""Training Reformers: language models, classifiers and answer finders."""
 
-from flash_reformer.training.recipes import TrainingResult, resume_clm, train_clm
-from flash_reformer.training.settings import PRESETS, TrainingSettings
+from flash_reformer.training.presets import PRESETS
+from flash_reformer.training.recipes import TrainingResult, resume, resume_clm, train, train_clm
+from flash_reformer.training.settings import TrainingSettings
+from flash_reformer.training.tasks import TASKS
 
-__all__ = ["PRESETS", "TrainingResult", "TrainingSettings", "resume_clm", "train_clm"]
+__all__ = [
+    "PRESETS",
+    "TASKS",
+    "TrainingResult",
+    "TrainingSettings",
+    "resume",
+    "resume_clm",
+    "train",
+    "train_clm",
+]

@@ -6,12 +6,14 @@ from typing import Any
 
 
 def save_loss_curve(
-    history: Iterable[Mapping[str, Any]], folder: str | Path, *, name: str = "loss_curve"
+    history: Iterable[Mapping[str, Any]], folder: str | Path, *, key: str, label: str, name: str = "loss_curve"
 ) -> list[Path]:
-    """Draw training and held-out bits per byte against steps; return the paths of the PNG and the SVG.
+    """Draw a quantity in training and on held-out data against steps; return the paths of the PNG and the SVG.
 
     Args:
-        history: entries of the Trainer's log with ``step`` and ``bits_per_byte`` or ``eval_bits_per_byte``.
+        history: entries of the Trainer's log with ``step`` and ``key`` or ``eval_`` and ``key``.
+        key: the quantity's key in the log.
+        label: its name, for the axis.
         folder: where the pictures go.
         name: their file name without ending.
     """
@@ -25,15 +27,15 @@ def save_loss_curve(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     styles: dict[str, tuple[str, dict[str, Any]]] = {
-        "bits_per_byte": ("training", {"color": "#9bb7d4", "linewidth": 1.2}),
-        "eval_bits_per_byte": ("held out", {"color": "#b3392f", "linewidth": 2.0, "marker": "o", "markersize": 4}),
+        key: ("training", {"color": "#9bb7d4", "linewidth": 1.2}),
+        f"eval_{key}": ("held out", {"color": "#b3392f", "linewidth": 2.0, "marker": "o", "markersize": 4}),
     }
-    for key, (label, style) in styles.items():
-        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+    for field, (kind, style) in styles.items():
+        points = [(entry["step"], entry[field]) for entry in entries if field in entry]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
+            axes.plot(*zip(*points, strict=True), label=kind, **style)
     axes.set_xlabel("step")
-    axes.set_ylabel("bits per byte")
+    axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     if axes.get_lines():

@@ -1,22 +1,8 @@
-"""From documents to the fixed-length blocks of bytes that a language model trains on."""
+"""Documents, and the part of them that is held out."""
 
 import hashlib
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch.utils.data import Dataset
-
-from flash_reformer.tokenization.bytes import BYTE_OFFSET, EOS_ID
-
-Tokens = NDArray[np.uint16]
-
-# The label that torch's cross entropy, and so every loss of the models, leaves out.
-IGNORED_LABEL = -100
 
 # With fewer documents than this a split by whole documents would be lopsided; their tails are held out instead.
 MIN_DOCUMENTS_TO_SPLIT = 20
@@ -77,86 +63,3 @@ def _hold_out_tails(documents: Sequence[Document], fraction: float) -> Split:
         train.append(Document(document.name, document.data[:cut]))
         held_out.append(Document(document.name, document.data[cut:]))
     return Split(tuple(train), tuple(held_out))
-
-
-def pack(documents: Iterable[Document]) -> Tokens:
-    """Lay documents end to end as byte tokens, with an end-of-text token before the first and after each.
-
-    The leading one gives the very first byte something to be predicted from. Two bytes are held per byte of text.
-    """
-    end = np.array([EOS_ID], dtype=np.uint16)
-    parts: list[Tokens] = [end]
-    for document in documents:
-        parts += [np.frombuffer(document.data, dtype=np.uint8).astype(np.uint16) + np.uint16(BYTE_OFFSET), end]
-    return np.concatenate(parts)
-
-
-class PackedBlocks(Dataset[dict[str, torch.Tensor]]):
-    """Consecutive blocks of ``length`` tokens which together predict every token but the first exactly once.
-
-    The model predicts token ``t + 1`` from tokens up to ``t``, so a block of ``length`` makes ``length - 1``
-    predictions, and neighbours share one token. The last block reaches back to be as long as the others; labels of
-    what was predicted before are -100 there. A text shorter than ``length`` is a single short block: no block is
-    ever padded. The order in which blocks are seen is the sampler's affair.
-
-    Args:
-        tokens: what :func:`pack` returns.
-        length: tokens per block, at least 2.
-        starts: where each block begins; by default the whole text is covered.
-    """
-
-    def __init__(self, tokens: Tokens, length: int, starts: NDArray[np.int64] | None = None) -> None:
-        if length < 2:
-            raise ValueError(f"seq_len must be at least 2, got {length}")
-        if len(tokens) < 2:
-            raise ValueError("the text is empty: there is nothing to train on")
-        self.tokens = tokens
-        self.length = min(length, len(tokens))
-        stride = self.length - 1
-        self.starts = np.arange(0, len(tokens) - 1, stride, dtype=np.int64) if starts is None else starts
-
-    def __len__(self) -> int:
-        """Number of blocks."""
-        return len(self.starts)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Return ``input_ids`` and ``labels`` of one block, both int64 of shape ``[length]``."""
-        wanted = int(self.starts[index])
-        start = min(wanted, len(self.tokens) - self.length)
-        input_ids = torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))
-        labels = input_ids.clone()
-        # The first label is never used, the model has nothing to predict it from; the rest were predicted before.
-        labels[: wanted - start + 1] = IGNORED_LABEL
-        return {"input_ids": input_ids, "labels": labels}
-
-    def spread(self, count: int) -> "PackedBlocks":
-        """Return at most ``count`` whole blocks spread evenly over the text.
-
-        Only whole ones, so the mean over blocks of their mean losses is the mean over tokens.
-        """
-        if count < 1:
-            raise ValueError(f"eval_sequences must be at least 1, got {count}")
-        whole = self.starts[self.starts + self.length <= len(self.tokens)]
-        picked = np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(np.int64)
-        return PackedBlocks(self.tokens, self.length, whole[picked])
-
-    def bits_per_byte(self, loss: float) -> float:
-        """Turn a mean loss in nats per predicted token of these blocks into bits per byte of their text."""
-        return loss / math.log(2) * self.predicted_tokens / max(1, self.predicted_bytes)
-
-    @property
-    def predicted_tokens(self) -> int:
-        """Tokens that these blocks predict, ends of texts included."""
-        return int(self._predicted().sum())
-
-    @property
-    def predicted_bytes(self) -> int:
-        """Bytes of text that these blocks predict."""
-        is_byte = np.concatenate([[0], np.cumsum(self.tokens >= BYTE_OFFSET)])
-        return int((is_byte[self._ends()] - is_byte[self.starts + 1]).sum())
-
-    def _ends(self) -> NDArray[np.int64]:
-        return np.minimum(self.starts + self.length, len(self.tokens))
-
-    def _predicted(self) -> NDArray[Any]:
-        return self._ends() - self.starts - 1

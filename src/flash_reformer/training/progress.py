@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flash_reformer.training.budget import Budget
+from flash_reformer.training.tasks import Measure
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,10 @@ class Progress:
         tokens: tokens trained on since this process started.
         tokens_per_second: training speed, pauses for evaluation left out.
         seconds_left: estimate of the time to the end, or None before there is one.
-        bits_per_byte: of the last batches trained on, or None.
-        held_out_bits_per_byte: of the last evaluation, or None.
+        measure: what the task is judged by, in words.
+        training_measure: what is measured in training: the same, or the loss.
+        training: its value over the last batches trained on, or None.
+        held_out: the measure at the last evaluation, or None.
         memory_bytes: highest memory use so far, of the process or of the GPU, or None where it is unknown.
     """
 
@@ -34,8 +37,10 @@ class Progress:
     tokens: int = 0
     tokens_per_second: float = 0.0
     seconds_left: float | None = None
-    bits_per_byte: float | None = None
-    held_out_bits_per_byte: float | None = None
+    measure: str = ""
+    training_measure: str = ""
+    training: float | None = None
+    held_out: float | None = None
     memory_bytes: int | None = None
 
 
@@ -57,11 +62,13 @@ def peak_memory() -> int | None:
 class ProgressCallback(TrainerCallback):
     """Tells ``report`` about each step, evaluation and checkpoint of a `transformers.Trainer`."""
 
-    def __init__(self, report: Report, budget: Budget, tokens_per_step: int) -> None:
+    def __init__(self, report: Report, budget: Budget, tokens_per_step: float, measure: Measure) -> None:
         self.report = report
         self.budget = budget
         self.tokens_per_step = tokens_per_step
-        self.now = Progress("start")
+        self.measure = measure
+        names = (measure.name, measure.name if measure.training_key == measure.key else measure.training_key)
+        self.now = Progress("start", measure=names[0], training_measure=names[1])
         self._first_step = 0
         self._first_fraction = 0.0
         self._first_seconds = 0.0
@@ -90,7 +97,7 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report speed and time left."""
         self._busy += self.budget.seconds - self._step_began
-        tokens = (state.global_step - self._first_step) * self.tokens_per_step
+        tokens = round((state.global_step - self._first_step) * self.tokens_per_step)
         fraction = self.budget.fraction(state.global_step)
         gained = fraction - self._first_fraction
         spent = self.budget.seconds - self._first_seconds
@@ -112,8 +119,8 @@ class ProgressCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Pick up the loss of the last batches."""
-        if logs and "bits_per_byte" in logs:
-            self.now = replace(self.now, bits_per_byte=logs["bits_per_byte"])
+        if logs and self.measure.training_key in logs:
+            self.now = replace(self.now, training=logs[self.measure.training_key])
 
     def on_evaluate(
         self,
@@ -124,7 +131,7 @@ class ProgressCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Report what the held-out text says."""
-        self._tell("evaluate", held_out_bits_per_byte=(metrics or {}).get("eval_bits_per_byte", math.nan))
+        self._tell("evaluate", held_out=(metrics or {}).get(f"eval_{self.measure.key}", math.nan))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report a checkpoint."""

@@ -16,13 +16,21 @@ SETTINGS_FILE = "run.json"
 
 # What may differ when a run goes on; anything else would make it another run.
 CHANGEABLE = frozenset(
-    {"output", "max_steps", "max_minutes", "eval_interval", "save_interval", "save_total_limit", "log_interval"}
-    | {"eval_sequences", "sample_tokens", "cpu"}
+    {"output", "max_steps", "max_epochs", "max_minutes", "eval_interval", "save_interval", "save_total_limit"}
+    | {"log_interval", "eval_sequences", "sample_tokens", "cpu", "early_stopping", "tensorboard"}
 )
 
 # What a run leaves in its folder, so that starting over knows what is its to remove.
 _OWN_FILES = (SETTINGS_FILE, "metrics.json", "loss_curve.png", "loss_curve.svg", "sample.txt", "training_args.bin")
-_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors")
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+)
 
 
 def prepare_folder(output: str, *, overwrite: bool) -> Path:
@@ -35,18 +43,19 @@ def prepare_folder(output: str, *, overwrite: bool) -> Path:
         if not (is_run and overwrite):
             hint = "go on with --resume, start over with --overwrite, or name another" if is_run else "name another"
             raise ValueError(f"--output {folder} already holds {'a run' if is_run else 'other files'}: {hint}")
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        for own in (*folder.glob("checkpoint-*"), folder / "tensorboard"):
+            shutil.rmtree(own, ignore_errors=not own.exists())
         for name in (*_OWN_FILES, *_MODEL_FILES):
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def write_settings(settings: TrainingSettings) -> Path:
+def write_settings(task: str, settings: TrainingSettings) -> Path:
     """Write down what was asked for, so that ``--resume`` needs nothing but the folder."""
     path = Path(settings.output) / SETTINGS_FILE
-    path.write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n", encoding="utf-8")
+    record = {"task": task, **dataclasses.asdict(settings)}
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path
 
 
@@ -63,17 +72,33 @@ def find_checkpoint(resume_from: str | None, output: str) -> Path:
     return path
 
 
-def resumed_settings(checkpoint: Path, given: Mapping[str, Any]) -> TrainingSettings:
-    """Return the settings of the run that ``checkpoint`` belongs to, with what may change changed as ``given``."""
+def _record(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint.parent / SETTINGS_FILE
     if not path.is_file():
         raise ValueError(f"{checkpoint} cannot be resumed: {path} is missing, so its settings are unknown")
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-        recorded["text"] = tuple(recorded.get("text", ()))
-        settings = TrainingSettings(**recorded)
-    except (TypeError, ValueError, AttributeError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is damaged: it must hold a JSON object, not {type(record).__name__}")
+    return record
+
+
+def recorded_task(checkpoint: Path) -> str:
+    """Return the task of the run that ``checkpoint`` belongs to; runs of older versions were language models."""
+    return str(_record(checkpoint).get("task", "clm"))
+
+
+def resumed_settings(checkpoint: Path, kind: type[TrainingSettings], given: Mapping[str, Any]) -> TrainingSettings:
+    """Return the settings of the run that ``checkpoint`` belongs to, with what may change changed as ``given``."""
+    recorded = {name: value for name, value in _record(checkpoint).items() if name != "task"}
+    if "text" in recorded:
+        recorded["text"] = tuple(recorded["text"])
+    try:
+        settings = kind(**recorded)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{checkpoint.parent / SETTINGS_FILE} is damaged: {error}") from error
     for name, value in given.items():
         if name not in CHANGEABLE and value != getattr(settings, name, None):
             raise ValueError(f"{name} cannot change on resume: the run has {getattr(settings, name, None)!r}")

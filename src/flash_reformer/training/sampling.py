@@ -1,4 +1,4 @@
-"""Text out of a trained byte-level model."""
+"""Text out of a trained language model."""
 
 from pathlib import Path
 from typing import Any
@@ -6,30 +6,44 @@ from typing import Any
 import torch
 
 from flash_reformer.models.modeling_heads import ReformerModelWithLMHead
-from flash_reformer.tokenization.bytes import EOS_ID, PAD_ID, VOCAB_SIZE, decode_bytes, encode_bytes
+from flash_reformer.tokenization.bytes import VOCAB_SIZE
 from flash_reformer.training.quiet import quiet_transformers
+from flash_reformer.training.vocabulary import Vocabulary
 
 
 def load_language_model(folder: str | Path) -> Any:
-    """Load a byte-level language model that ``save_pretrained`` wrote; ``ValueError`` says what is wrong with it."""
+    """Load a causal language model that ``save_pretrained`` wrote; ``ValueError`` says what is wrong with it."""
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} is no saved model: there is no config.json in it")
     with quiet_transformers():
         model = ReformerModelWithLMHead.from_pretrained(path)
-    if model.config.vocab_size != VOCAB_SIZE:
-        raise ValueError(
-            f"{path} is no byte-level model: its vocabulary has {model.config.vocab_size} entries, not {VOCAB_SIZE}"
-        )
     if not model.config.is_decoder:
         raise ValueError(f"{path} is no causal language model: its config says is_decoder=False")
     return model.eval()
+
+
+def load_vocabulary(folder: str | Path, vocab_size: int) -> Vocabulary:
+    """Load the tokenizer beside a model; one without any is byte-level if its vocabulary has 258 entries."""
+    if Vocabulary.stands_in(folder):
+        vocabulary = Vocabulary.load(str(folder))
+    elif vocab_size == VOCAB_SIZE:
+        vocabulary = Vocabulary.of_bytes()
+    else:
+        raise ValueError(
+            f"{folder} holds no tokenizer, and it is no byte-level model: its vocabulary has {vocab_size} entries, "
+            f"not {VOCAB_SIZE}"
+        )
+    if vocabulary.size > vocab_size:
+        raise ValueError(f"{folder} has a tokenizer of {vocabulary.size} entries and a model of {vocab_size}")
+    return vocabulary
 
 
 def generate_text(
     model: Any,
     prompt: bytes,
     *,
+    vocabulary: Vocabulary | None = None,
     max_new_tokens: int = 256,
     greedy: bool = False,
     temperature: float = 1.0,
@@ -38,18 +52,21 @@ def generate_text(
     seed: int = 0,
     num_hashes: int | None = None,
 ) -> bytes:
-    """Continue ``prompt`` until the model ends the text or ``max_new_tokens`` bytes are there; return what is new.
+    """Continue ``prompt`` until the model ends the text or ``max_new_tokens`` are there; return the bytes that are new.
 
     The model sees an end-of-text token before the prompt, as every text has one before it in training. Sampling
-    depends on ``seed`` alone, and torch's default generators are left as they were.
+    depends on ``seed`` alone, and torch's default generators are left as they were. Without a ``vocabulary``, tokens
+    are bytes.
     """
     _check_sampling(max_new_tokens, greedy, temperature, top_k, top_p, num_hashes)
     device = next(model.parameters()).device
-    ids = torch.tensor([[EOS_ID, *encode_bytes(prompt)]], device=device)
+    vocabulary = vocabulary or Vocabulary.of_bytes()
+    start = vocabulary.encode(prompt).ids.tolist()
+    ids = torch.tensor([[vocabulary.eos_id, *start]], device=device)
     limit = model.config.max_length_of_positions
     if ids.shape[1] + max_new_tokens > limit:
         raise ValueError(
-            f"max_new_tokens {max_new_tokens} after a prompt of {len(prompt)} bytes is more than the model has "
+            f"max_new_tokens {max_new_tokens} after a prompt of {len(start)} tokens is more than the model has "
             f"positions for: {limit}, one of them for the start of the text"
         )
     choice: dict[str, Any] = {"do_sample": not greedy}
@@ -65,11 +82,16 @@ def generate_text(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
-            eos_token_id=EOS_ID,
-            pad_token_id=PAD_ID,
+            eos_token_id=vocabulary.eos_id,
+            pad_token_id=vocabulary.pad_id,
             **choice,
         )
-    return decode_bytes(output[0, ids.shape[1] :].tolist())
+    written = output[0, ids.shape[1] :].tolist()
+    if vocabulary.is_bytes:
+        return vocabulary.decode(written)
+    # Together, so that what joins two tokens, such as a space, is there at the seam too.
+    whole, before = vocabulary.decode([*start, *written]), vocabulary.decode(start)
+    return whole[len(before) :]
 
 
 def _check_sampling(
@@ -84,8 +106,8 @@ def _check_sampling(
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}; for the likeliest bytes use greedy")
+        raise ValueError(f"temperature must be positive, got {temperature}; for the likeliest tokens use greedy")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     if greedy and (temperature != 1.0 or top_k is not None or top_p is not None):
-        raise ValueError("greedy takes the likeliest byte each time: temperature, top_k and top_p contradict it")
+        raise ValueError("greedy takes the likeliest token each time: temperature, top_k and top_p contradict it")

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -14,26 +14,41 @@ def option(default: Any, help: str, panel: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "panel": panel, **more})
 
 
+def at_least(low: float) -> tuple[str, Callable[[Any], bool]]:
+    """Allow whole and other numbers from ``low`` on."""
+    return f"at least {low}", lambda value: value >= low and math.isfinite(value)
+
+
+POSITIVE: tuple[str, Callable[[Any], bool]] = (
+    "a positive number",
+    lambda value: value > 0 and math.isfinite(value),
+)
+FRACTION: tuple[str, Callable[[Any], bool]] = ("strictly between 0 and 1", lambda value: 0 < value < 1)
+
+
+def one_of(*values: str) -> tuple[str, Callable[[Any], bool]]:
+    """Allow some words."""
+    return f"one of {', '.join(values)}", lambda value: value in values
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Everything about a run but the model's own sizes. ``None`` means "not asked for" where it is the default."""
+    """What every task is asked for. ``None`` means "not asked for" where it is the default."""
 
     output: str = option("", "Folder for checkpoints, the final model, the loss curve and the metrics.", "Run")
-    text: tuple[str, ...] = option((), "Text file to train on; repeat it, or list several files.", "Text")
-    dataset: str | None = option(None, "Dataset to train on: a name on the hub, a file, or a folder.", "Text")
-    dataset_split: str = option("train", "Part of the dataset to read.", "Text")
-    text_column: str = option("text", "Column of the dataset that holds the text.", "Text")
-    standard_library: bool = option(False, "Train on the source of this Python's standard library.", "Text")
-    held_out: float = option(0.05, "Fraction of the text set aside for evaluation.", "Text")
-    seq_len: int = option(4096, "Tokens per sequence.", "Text")
     init_from: str | None = option(None, "Saved model folder to start from, in place of fresh weights.", "Run")
+    tokenizer: str | None = option(
+        None, "Tokenizer: a folder or a name on the hub; else that of --init-from; else one token per byte.", "Run"
+    )
     seed: int = option(0, "Seed of the weights, the data order, the dropout and the hashing.", "Run")
     cpu: bool = option(False, "Train on the CPU even where there is a GPU.", "Run")
     precision: str = option("fp32", "Precision of the arithmetic: fp32, bf16 or fp16.", "Run")
     max_steps: int | None = option(None, "Stop after so many optimizer steps (reproducible).", "Run")
+    max_epochs: float | None = option(None, "Stop after so many passes over the data (reproducible).", "Run")
     max_minutes: float | None = option(
         None, "Stop after so many minutes of training; the schedule follows the clock, so runs differ.", "Run"
     )
+    seq_len: int = option(4096, "Tokens per sequence, at most.", "Data")
     batch_size: int = option(1, "Sequences per step and device.", "Optimizer")
     gradient_accumulation: int = option(1, "Batches whose gradients are summed into one step.", "Optimizer")
     learning_rate: float = option(3e-3, "Highest learning rate of AdamW.", "Optimizer")
@@ -42,133 +57,174 @@ class TrainingSettings:
     weight_decay: float = option(0.1, "Weight decay of AdamW.", "Optimizer")
     adam_beta2: float = option(0.98, "Second moment decay of AdamW.", "Optimizer")
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", "Optimizer")
-    eval_interval: int | None = option(None, "Steps between evaluations; by default 6 per run.", "Reports")
-    eval_sequences: int = option(8, "Held-out sequences per evaluation.", "Reports")
+    eval_interval: int | None = option(None, "Steps between evaluations; by default a fixed number per run.", "Reports")
     save_interval: int | None = option(None, "Steps between checkpoints; by default with each evaluation.", "Reports")
     save_total_limit: int = option(2, "Checkpoints to keep.", "Reports")
+    keep: str = option("last", "Weights to end with: the last ones, or the best held-out ones.", "Reports")
+    early_stopping: int | None = option(
+        None, "Stop after so many evaluations in a row without a better held-out result.", "Reports"
+    )
+    tensorboard: bool = option(False, "Also write logs for TensorBoard, into OUTPUT/tensorboard.", "Reports")
     log_interval: int = option(5, "Steps between points of the loss curve.", "Reports")
-    sample_tokens: int = option(300, "Bytes to generate at the end as a sample; 0 for none.", "Reports")
+
+    # How many evaluations a run has where no interval is asked for.
+    EVALUATIONS: ClassVar[int] = 6
+    # How many steps it has where no end is asked for; None demands one.
+    STEPS: ClassVar[int | None] = None
+
+    @classmethod
+    def with_end(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Add the task's own number of steps where no end is given."""
+        ends = ("max_steps", "max_epochs", "max_minutes")
+        if cls.STEPS is None or any(given.get(name) is not None for name in ends):
+            return given
+        return {**given, "max_steps": cls.STEPS}
+
+    def limits(self) -> dict[str, tuple[str, Callable[[Any], bool]]]:
+        """Return what each setting may be: in words, and as a test."""
+        counts = (
+            "batch_size gradient_accumulation save_total_limit log_interval max_steps eval_interval save_interval "
+            "early_stopping"
+        )
+        return {
+            **dict.fromkeys(counts.split(), at_least(1)),
+            **dict.fromkeys(("warmup_steps", "seed"), at_least(0)),
+            **dict.fromkeys(("learning_rate", "max_minutes", "max_epochs", "max_grad_norm"), POSITIVE),
+            "seq_len": at_least(2),
+            "weight_decay": ("a number, at least 0", at_least(0)[1]),
+            "final_learning_rate": ("between 0 and 1", lambda value: 0 <= value <= 1),
+            "adam_beta2": ("at least 0 and below 1", lambda value: 0 <= value < 1),
+            "precision": one_of(*PRECISIONS),
+            "keep": one_of("last", "best"),
+        }
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense, by the name of the setting."""
-        at_least_one = (
-            "batch_size gradient_accumulation eval_sequences save_total_limit log_interval max_steps "
-            "eval_interval save_interval"
-        )
-        for name in at_least_one.split():
-            self._require(name, lambda value: value >= 1, "at least 1")
-        for name in ("warmup_steps", "sample_tokens", "seed"):
-            self._require(name, lambda value: value >= 0, "at least 0")
-        for name in ("learning_rate", "max_minutes", "max_grad_norm"):
-            self._require(name, lambda value: value > 0 and math.isfinite(value), "a positive number")
-        self._require("seq_len", lambda value: value >= 2, "at least 2")
-        self._require("weight_decay", lambda value: value >= 0 and math.isfinite(value), "a number, at least 0")
-        self._require("final_learning_rate", lambda value: 0 <= value <= 1, "between 0 and 1")
-        self._require("adam_beta2", lambda value: 0 <= value < 1, "at least 0 and below 1")
-        self._require("held_out", lambda value: 0 < value < 1, "strictly between 0 and 1")
-        self._require("precision", lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
-
-    def _require(self, name: str, holds: Any, allowed: str) -> None:
-        value = getattr(self, name)
-        if value is not None and not holds(value):
-            raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        for name, (allowed, holds) in self.limits().items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
     def check_complete(self) -> None:
-        """Refuse settings from which no run can start: no output, no text, no end, or two sources of text."""
+        """Refuse settings from which no run can start."""
         if not self.output:
             raise ValueError("output is missing: name a folder with --output")
+        self.check_sources()
+        if self.max_steps is None and self.max_minutes is None and self.max_epochs is None:
+            raise ValueError("no end is set: give --max-steps, --max-epochs or --max-minutes")
+
+    def check_sources(self) -> None:
+        """Refuse data that is missing or named twice."""
+
+    def refuse_without(self, condition: bool, names: str, about: str) -> None:
+        """Refuse settings that would have no effect, because what they are about is not there."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not condition and field.name in names.split() and value != field.default:
+                raise ValueError(f"{field.name} {value!r} is about {about}, which is not given")
+
+
+@dataclass(frozen=True)
+class TextSettings(TrainingSettings):
+    """What a language model is asked for: running text."""
+
+    text: tuple[str, ...] = option((), "Text file to train on; repeat it, or list several files.", "Data")
+    dataset: str | None = option(None, "Dataset to train on: a name on the hub, a file, or a folder.", "Data")
+    dataset_split: str = option("train", "Part of the dataset to read.", "Data")
+    text_column: str = option("text", "Column of the dataset that holds the text.", "Data")
+    standard_library: bool = option(False, "Train on the source of this Python's standard library.", "Data")
+    held_out: float = option(0.05, "Fraction of the text set aside for evaluation.", "Data")
+    eval_sequences: int = option(8, "Held-out sequences per evaluation.", "Reports")
+
+    def limits(self) -> dict[str, tuple[str, Callable[[Any], bool]]]:
+        """Return what each setting may be."""
+        return {**super().limits(), "eval_sequences": at_least(1), "held_out": FRACTION}
+
+    def check_sources(self) -> None:
+        """Refuse no text, or two sources of it."""
         sources = {"--text": self.text, "--dataset": self.dataset, "--standard-library": self.standard_library}
         given = [flag for flag, value in sources.items() if value]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict each other: give one source of text")
         if not given:
-            raise ValueError(f"no text to train on: give one of {', '.join(sources)}, or --preset demo")
-        plain = TrainingSettings(output=self.output)
-        for name in ("text_column", "dataset_split"):
-            if self.dataset is None and getattr(self, name) != getattr(plain, name):
-                raise ValueError(f"{name} {getattr(self, name)!r} is about --dataset, which is not given")
-        if self.max_steps is None and self.max_minutes is None:
-            raise ValueError("no end is set: give --max-steps or --max-minutes")
-
-
-# Model sizes by the names of their flags: flag -> (field of ReformerConfig, kind of value, help).
-MODEL_OPTIONS: dict[str, tuple[str, str, str]] = {
-    "layers": ("attn_layers", "names", "Kinds of the layers in order, such as local,lsh,local,lsh."),
-    "hidden_size": ("hidden_size", "int", "Width of each residual stream."),
-    "num_heads": ("num_attention_heads", "int", "Attention heads per layer."),
-    "head_size": ("attention_head_size", "int", "Width of a head."),
-    "feed_forward_size": ("feed_forward_size", "int", "Width inside the feed-forward layers."),
-    "hidden_act": ("hidden_act", "str", "Activation of the feed-forward layers."),
-    "local_chunk_length": ("local_attn_chunk_length", "int", "Chunk length of local attention."),
-    "local_chunks_before": ("local_num_chunks_before", "int", "Chunks before its own that a local chunk sees."),
-    "lsh_chunk_length": ("lsh_attn_chunk_length", "int", "Chunk length of LSH attention."),
-    "lsh_chunks_before": ("lsh_num_chunks_before", "int", "Chunks before its own that a sorted chunk sees."),
-    "num_hashes": ("num_hashes", "int", "Rounds of hashing."),
-    "num_buckets": ("num_buckets", "buckets", "Buckets, one even number or factors such as 64,128; else automatic."),
-    "hash_seed": ("hash_seed", "int", "Fixes the rotations of the hashing; else they are drawn anew."),
-    "axial_pos_shape": ("axial_pos_shape", "integers", "Factors of the position table; else made from --seq-len."),
-    "axial_pos_dims": ("axial_pos_embds_dim", "integers", "Widths of its factors; else a quarter and the rest."),
-    "axial_norm_std": ("axial_norm_std", "float", "Spread of its initial values."),
-    "initializer_range": ("initializer_range", "float", "Spread of the other initial weights."),
-    "hidden_dropout": ("hidden_dropout_prob", "float", "Dropout on embeddings and layer outputs."),
-    "local_attention_dropout": ("local_attention_probs_dropout_prob", "float", "Dropout on local attention."),
-    "lsh_attention_dropout": ("lsh_attention_probs_dropout_prob", "float", "Dropout on LSH attention."),
-}
+            raise ValueError(f"no text to train on: give one of {', '.join(sources)}")
+        self.refuse_without(self.dataset is not None, "text_column dataset_split", "--dataset")
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A named starting point; whatever is asked for explicitly comes on top."""
+class CausalSettings(TextSettings):
+    """What a causal language model is asked for."""
 
-    training: Mapping[str, Any]
-    model: Mapping[str, Any]
+    sample_tokens: int = option(300, "Tokens to generate at the end as a sample; 0 for none.", "Reports")
+
+    def limits(self) -> dict[str, tuple[str, Callable[[Any], bool]]]:
+        """Return what each setting may be."""
+        return {**super().limits(), "sample_tokens": at_least(0)}
 
 
-PRESETS: dict[str, Preset] = {
-    # Small, so that three minutes on two CPU cores hold many steps: of the sizes tried, larger ones did not learn
-    # clearly more per step.
-    "demo": Preset(
-        training={"standard_library": True, "seq_len": 4096, "max_minutes": 3.2, "learning_rate": 5e-3},
-        model={
-            "attn_layers": ["local", "lsh"],
-            "hidden_size": 128,
-            "num_attention_heads": 4,
-            "attention_head_size": 32,
-            "feed_forward_size": 256,
-            "local_attn_chunk_length": 4,
-            "lsh_attn_chunk_length": 32,
-            "initializer_range": 0.07,
-            "axial_norm_std": 0.07,
-        },
+@dataclass(frozen=True)
+class MaskedSettings(TextSettings):
+    """What a masked language model is asked for."""
+
+    seq_len: int = option(512, "Tokens per sequence, at most.", "Data")
+    batch_size: int = option(8, "Sequences per step and device.", "Optimizer")
+    weight_decay: float = option(0.01, "Weight decay of AdamW.", "Optimizer")
+    keep: str = option("best", "Weights to end with: the last ones, or the best held-out ones.", "Reports")
+    eval_sequences: int = option(64, "Held-out sequences per evaluation.", "Reports")
+    mask_probability: float = option(0.15, "Share of the words (or tokens) to be recovered.", "Data")
+    mask_unit: str = option("word", "What is masked together: every token of a word, or single tokens.", "Data")
+    STEPS: ClassVar[int | None] = 500
+
+    def limits(self) -> dict[str, tuple[str, Callable[[Any], bool]]]:
+        """Return what each setting may be."""
+        return {**super().limits(), "mask_probability": FRACTION, "mask_unit": one_of("word", "token")}
+
+
+@dataclass(frozen=True)
+class ExampleSettings(TrainingSettings):
+    """What a task is asked for that learns from labelled examples."""
+
+    dataset: str | None = option(None, "Examples: a file, a folder, or a name on the hub.", "Data")
+    dataset_split: str = option("train", "Part of the dataset to train on.", "Data")
+    validation: str | None = option(None, "Examples to be judged on: a file, a folder or a name on the hub.", "Data")
+    validation_split: str | None = option(
+        None, "Part to be judged on, of --validation, or else of --dataset; by default 'train' of --validation.", "Data"
     )
-}
+    held_out: float = option(0.1, "Fraction of the examples set aside for evaluation where none are named.", "Data")
+    batch_size: int = option(4, "Sequences per step and device.", "Optimizer")
+    weight_decay: float = option(0.01, "Weight decay of AdamW.", "Optimizer")
+    keep: str = option("best", "Weights to end with: the last ones, or the best held-out ones.", "Reports")
+    STEPS: ClassVar[int | None] = 500
+
+    def limits(self) -> dict[str, tuple[str, Callable[[Any], bool]]]:
+        """Return what each setting may be."""
+        return {**super().limits(), "held_out": FRACTION}
+
+    def check_sources(self) -> None:
+        """Refuse to start without examples."""
+        if self.dataset is None:
+            raise ValueError("no examples to train on: give --dataset")
+        named = self.validation is not None or self.validation_split is not None
+        if named and self.held_out != ExampleSettings().held_out:
+            raise ValueError("--held-out and --validation contradict each other: are examples set aside, or named?")
 
 
-def parse_model_option(flag: str, value: Any) -> Any:
-    """Turn the command-line text of a model flag into the value of its config field.
+@dataclass(frozen=True)
+class ClassificationSettings(ExampleSettings):
+    """What a classifier is asked for."""
 
-    >>> parse_model_option("layers", "local,lsh")
-    ['local', 'lsh']
-    >>> parse_model_option("num_buckets", "64,128")
-    [64, 128]
-    """
-    kind = MODEL_OPTIONS[flag][1]
-    if kind == "names":
-        return [part.strip() for part in value.split(",") if part.strip()]
-    if kind in ("integers", "buckets"):
-        try:
-            numbers = [int(part) for part in value.split(",")]
-        except ValueError:
-            raise ValueError(f"{flag} must be whole numbers separated by commas, got {value!r}") from None
-        return numbers[0] if kind == "buckets" and len(numbers) == 1 else numbers
-    return value
+    text_column: str = option("text", "Column that holds the text.", "Data")
+    label_column: str = option("label", "Column that holds the class: whole numbers or names.", "Data")
 
 
-def axial_shape(seq_len: int) -> list[int]:
-    """Factor a length into two axes of about the same size, the product being the length or a little more.
+@dataclass(frozen=True)
+class AnswerSettings(ExampleSettings):
+    """What a model that finds answers in a text is asked for."""
 
-    >>> axial_shape(4096), axial_shape(5000)
-    ([64, 64], [79, 64])
-    """
-    columns = 2 ** max(0, round(math.log2(math.sqrt(seq_len))))
-    return [math.ceil(seq_len / columns), columns]
+    seq_len: int = option(4096, "Tokens of question and context together, per window.", "Data")
+    doc_stride: int = option(128, "Tokens that neighbouring windows of a long context share.", "Data")
+    max_answer_tokens: int = option(30, "Tokens that an answer may have.", "Data")
+
+    def limits(self) -> dict[str, tuple[str, Callable[[Any], bool]]]:
+        """Return what each setting may be."""
+        return {**super().limits(), "doc_stride": at_least(0), "max_answer_tokens": at_least(1)}

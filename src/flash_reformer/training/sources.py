@@ -39,28 +39,55 @@ def read_standard_library() -> list[Document]:
     return documents
 
 
-def read_dataset(name: str, *, column: str = "text", split: str = "train") -> list[Document]:
-    """Read one text column of a dataset, one document per row; empty rows are left out.
+def read_rows(name: str, split: str, *, flag: str = "--dataset") -> Any:
+    """Read one part of a dataset as a table of the package `datasets`.
 
     Args:
         name: a file (.jsonl, .json, .csv, .parquet, .txt), a folder of such files or one that
             ``datasets.save_to_disk`` wrote, or else the name of a dataset on the hub.
-        column: the column that holds the text.
-        split: the part of the dataset to read.
+        split: the part of the dataset to read; a file is all of it.
+        flag: what asked for it, for messages.
     """
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("--dataset needs the package `datasets`: pip install datasets") from error
-    rows = _load(datasets, name, split)
-    if column not in rows.column_names:
-        raise ValueError(f"--text-column {column!r} is no column of {name}; it has {', '.join(rows.column_names)}")
+        raise ImportError(f"{flag} needs the package `datasets`: pip install datasets") from error
+    had_bars = datasets.are_progress_bars_disabled() is False
+    datasets.disable_progress_bars()
+    try:
+        return _load(datasets, name, split)
+    except Exception as error:
+        # `datasets` raises dozens of kinds; its first line says what was wrong.
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{flag} {name} (split {split!r}) cannot be read: {reason[0]}") from error
+    finally:
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
+def check_columns(rows: Any, name: str, **columns: str) -> None:
+    """Refuse columns that a table does not have; ``columns`` are names of flags and what they say."""
+    for option, column in columns.items():
+        if column not in rows.column_names:
+            flag = "--" + option.replace("_", "-")
+            raise ValueError(f"{flag} {column!r} is no column of {name}; it has {', '.join(rows.column_names)}")
+
+
+def check_text(value: Any, option: str, column: str, place: str) -> str:
+    """Return a cell that must hold text; ``place`` is where it stands."""
+    if not isinstance(value, str):
+        flag = "--" + option.replace("_", "-")
+        raise ValueError(f"{flag} {column!r} must hold text; {place} holds {type(value).__name__}")
+    return value
+
+
+def read_dataset(name: str, *, column: str = "text", split: str = "train") -> list[Document]:
+    """Read one text column of a dataset (see :func:`read_rows`), one document per row; empty rows are left out."""
+    rows = read_rows(name, split)
+    check_columns(rows, name, text_column=column)
     documents = []
-    for index, text in enumerate(rows[column]):
-        if not isinstance(text, str):
-            raise ValueError(
-                f"--text-column {column!r} of {name} must hold text; row {index} holds {type(text).__name__}"
-            )
+    for index, value in enumerate(rows[column]):
+        text = check_text(value, "text_column", column, f"row {index} of {name}")
         if text:
             # Lone surrogates can come out of JSON; they have no UTF-8 form of their own.
             documents.append(Document(f"{name}[{index}]", text.encode("utf-8", errors="replace")))
@@ -71,21 +98,16 @@ def read_dataset(name: str, *, column: str = "text", split: str = "train") -> li
 
 def _load(datasets: Any, name: str, split: str) -> Any:
     path = Path(name)
-    try:
-        if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
-            loaded = datasets.load_from_disk(str(path))
-            return loaded[split] if isinstance(loaded, dict) else loaded
-        if path.exists():
-            reader, files = _reader_of(path)
-            options = {"sample_by": "document"} if reader == "text" else {}
-            return datasets.load_dataset(reader, data_files={split: files}, split=split, **options)
-        if path.suffix in _READERS or path.is_absolute() or name.startswith("."):
-            raise ValueError("there is no such file")
-        return datasets.load_dataset(name, split=split)
-    except Exception as error:
-        # `datasets` raises dozens of kinds; its first line says what was wrong.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"--dataset {name} (split {split!r}) cannot be read: {reason[0]}") from error
+    if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
+        loaded = datasets.load_from_disk(str(path))
+        return loaded[split] if isinstance(loaded, dict) else loaded
+    if path.exists():
+        reader, files = _reader_of(path)
+        options = {"sample_by": "document"} if reader == "text" else {}
+        return datasets.load_dataset(reader, data_files={split: files}, split=split, **options)
+    if path.suffix in _READERS or path.is_absolute() or name.startswith("."):
+        raise ValueError("there is no such file")
+    return datasets.load_dataset(name, split=split)
 
 
 def _reader_of(path: Path) -> tuple[str, list[str]]:

@@ -1,15 +1,26 @@
-"""`transformers.Trainer` with bits per byte, and a schedule that follows a :class:`Budget`."""
+"""`transformers.Trainer` for any :class:`Task`, with a schedule that follows a :class:`Budget`."""
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from flash_reformer.training.budget import Budget
-from flash_reformer.training.data import PackedBlocks
 from flash_reformer.training.settings import TrainingSettings
+from flash_reformer.training.tasks import Task
 
-EVALUATIONS_PER_RUN = 6
+# The Trainer's own rhythm is set to steps, as keeping the best needs; ours ends every run long before this one.
+NEVER = 10_000_000
 
 
 class Rhythm(TrainerCallback):
@@ -21,7 +32,7 @@ class Rhythm(TrainerCallback):
         self._mark = 0
 
     def _marks(self, step: int) -> int:
-        return int(self.budget.fraction(step) * EVALUATIONS_PER_RUN)
+        return int(self.budget.fraction(step) * self.settings.EVALUATIONS)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -39,26 +50,46 @@ class Rhythm(TrainerCallback):
         evaluate, save = self.settings.eval_interval, self.settings.save_interval
         control.should_evaluate = fraction >= 1.0 or (due if evaluate is None else step % evaluate == 0)
         control.should_save = fraction >= 1.0 or (due if save is None else step % save == 0)
+        if self.settings.keep == "best":
+            # What is best is known after an evaluation, and can be gone back to where a checkpoint was written.
+            control.should_save = control.should_save or control.should_evaluate
         # A checkpoint carries the log, and the log carries the time spent: see `seconds_spent`.
         control.should_log = control.should_log or control.should_save
         control.should_training_stop = fraction >= 1.0
 
 
-class BytesTrainer(Trainer):
-    """Trains a byte-level language model on packed blocks and judges it in bits per byte."""
+class TaskTrainer(Trainer):
+    """Trains a model on the data of a task and judges it as the task says."""
 
-    def __init__(self, settings: TrainingSettings, budget: Budget, **kwargs: Any) -> None:
-        self.settings = settings
+    def __init__(self, task: Task, budget: Budget, **kwargs: Any) -> None:
+        self.task = task
+        self.settings: TrainingSettings = task.settings
         self.budget = budget
-        callbacks = [Rhythm(settings, budget), *kwargs.pop("callbacks", [])]
+        callbacks: list[TrainerCallback] = [Rhythm(self.settings, budget), *kwargs.pop("callbacks", [])]
+        if self.settings.early_stopping is not None:
+            callbacks.append(EarlyStoppingCallback(self.settings.early_stopping))
+        if self.settings.tensorboard:
+            callbacks.append(_tensorboard(self.settings.output))
         use_cache = bool(kwargs["model"].config.use_cache)
-        super().__init__(args=training_arguments(settings, use_cache), callbacks=callbacks, **kwargs)
+        super().__init__(
+            args=training_arguments(task, use_cache),
+            callbacks=callbacks,
+            train_dataset=task.train,
+            eval_dataset=task.held_out,
+            data_collator=task.collate,
+            compute_metrics=None if task.loss_only else self._judge,
+            preprocess_logits_for_metrics=task.reduce,
+            **kwargs,
+        )
         # It prints every log to stdout, which belongs to whoever calls us.
         self.remove_callback(PrinterCallback)
 
+    def _judge(self, outcome: EvalPrediction) -> dict[str, float]:
+        return self.task.judge(outcome.predictions, outcome.label_ids)
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Ask for the loss alone: no cache is built, and logits are never held for the whole sequence."""
-        inputs = {**inputs, "return_logits": False, "use_cache": False}
+        """Give the model what the task makes of a batch."""
+        inputs = self.task.model_inputs(inputs, training=model.training)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def create_scheduler(
@@ -92,13 +123,20 @@ class BytesTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add bits per byte and the time spent to every entry of the log."""
+        """Add the task's measures and the time spent to every entry of the log."""
         logs["seconds"] = round(self.budget.seconds, 3)
-        if "loss" in logs:
-            logs["bits_per_byte"] = cast(PackedBlocks, self.train_dataset).bits_per_byte(logs["loss"])
-        if "eval_loss" in logs:
-            logs["eval_bits_per_byte"] = cast(PackedBlocks, self.eval_dataset).bits_per_byte(logs["eval_loss"])
+        self.task.add_to_log(logs)
         super().log(logs, *args, **kwargs)
+
+
+def _tensorboard(output: str) -> TrainerCallback:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("--tensorboard needs the package `tensorboard`: pip install tensorboard") from error
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    return TensorBoardCallback(tb_writer=SummaryWriter(str(Path(output) / "tensorboard")))
 
 
 def uses_gpu(settings: TrainingSettings) -> bool:
@@ -109,15 +147,17 @@ def uses_gpu(settings: TrainingSettings) -> bool:
     return on_gpu
 
 
-def training_arguments(settings: TrainingSettings, use_cache: bool) -> TrainingArguments:
+def training_arguments(task: Task, use_cache: bool) -> TrainingArguments:
     """Say in the Trainer's words what the settings ask for; ``use_cache`` is what the model's config keeps."""
+    settings: TrainingSettings = task.settings
     return TrainingArguments(
         output_dir=settings.output,
         per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=1,
+        # Blocks of text are long; texts of their own are evaluated as they are trained on.
+        per_device_eval_batch_size=1 if task.loss_only else settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         # Minutes alone set no number of steps; the Rhythm stops the run long before this one.
-        max_steps=settings.max_steps or 10_000_000,
+        max_steps=settings.max_steps or NEVER,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         adam_beta2=settings.adam_beta2,
@@ -127,13 +167,18 @@ def training_arguments(settings: TrainingSettings, use_cache: bool) -> TrainingA
         seed=settings.seed,
         data_seed=settings.seed,
         use_cpu=settings.cpu,
-        eval_strategy="no",
-        save_strategy="no",
+        eval_strategy="steps",
+        eval_steps=NEVER,
+        save_strategy="steps",
+        save_steps=NEVER,
+        load_best_model_at_end=settings.keep == "best",
+        metric_for_best_model=f"eval_{task.measure.key}",
+        greater_is_better=task.measure.greater_is_better,
         save_total_limit=settings.save_total_limit,
         logging_steps=settings.log_interval,
         logging_nan_inf_filter=False,
-        prediction_loss_only=True,
-        label_names=["labels"],
+        prediction_loss_only=task.loss_only,
+        label_names=list(task.label_names),
         remove_unused_columns=False,
         dataloader_pin_memory=uses_gpu(settings),
         disable_tqdm=True,

@@ -1,0 +1,32 @@
+"""What every tokenizer asks of its input before it starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+# Half of a UTF-16 pair: a Python string may hold one, UTF-8 has no bytes for it.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def refuse_surrogates(*inputs: Any) -> None:
+    """Raise ``ValueError`` if any text inside ``inputs`` (texts, and lists of them to any depth) is not Unicode text.
+
+    Python reads undecodable file names and bytes (``errors="surrogateescape"``) as lone surrogates.
+    """
+    for text in _texts(inputs):
+        found = _SURROGATE.search(text)
+        if found:
+            raise ValueError(
+                f"text must be valid Unicode, got the lone surrogate U+{ord(found[0]):04X} at character "
+                f"{found.start()}: decode the bytes with errors='replace', or encode them with encode_bytes"
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)

@@ -1,0 +1,19 @@
+import datasets
+import pytest
+import torch
+
+
+@pytest.fixture
+def offline_datasets(tmp_path, monkeypatch):
+    """The package `datasets` with a cache of its own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return datasets
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small only lose time to threads that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
