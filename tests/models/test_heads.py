@@ -208,6 +208,32 @@ def test_a_bidirectional_classifier_pools_the_first_token():
     assert_close(model(tokens, attention_mask=real).logits, model.classifier(hidden[:, 0]), 1e-6)
 
 
+@pytest.mark.parametrize("kind", [None, "left", "right", "scattered"])
+@pytest.mark.parametrize("pooling", ["first", "last", "mean", "max"])
+def test_pooling_reads_real_tokens_only(pooling, kind):
+    model = build(CLASSIFIER, num_labels=3, classifier_pooling=pooling)
+    tokens, real = ids(3, T), mask(kind, 3, T)
+    hidden = model.reformer(tokens, attention_mask=real).last_hidden_state
+    rows = [row if real is None else row[real[place].bool()] for place, row in enumerate(hidden)]
+    read = {
+        "first": lambda row: hidden[row, 0],
+        "last": lambda row: rows[row][-1],
+        "mean": lambda row: rows[row].mean(0),
+        "max": lambda row: rows[row].amax(0),
+    }[pooling]
+    expected = model.classifier(torch.stack([read(row) for row in range(3)]))
+    assert_close(model(tokens, attention_mask=real).logits, expected, 1e-6)
+
+
+def test_a_pooling_that_is_not_named_is_the_contracts():
+    for is_decoder, pooling in ((False, "first"), (True, "last")):
+        plain = build(CLASSIFIER, num_labels=3, is_decoder=is_decoder)
+        named = build(CLASSIFIER, num_labels=3, is_decoder=is_decoder, classifier_pooling=pooling)
+        named.load_state_dict(plain.state_dict())
+        assert torch.equal(plain(ids(3, T)).logits, named(ids(3, T)).logits)
+        assert plain.config.classifier_pooling is None
+
+
 # --- question answering -----------------------------------------------------------------------------------------------
 
 QA = "ReformerForQuestionAnswering"

@@ -58,17 +58,21 @@ def weights(folder: Path, task: str) -> dict[str, torch.Tensor]:
     return TASKS[task].model_class.from_pretrained(folder).state_dict()
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.floor
+# Labelled examples are read by `datasets`, which is not there beside the oldest transformers.
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=pytest.mark.floor) for task in ("clm", "mlm")] + ["classify", "qa"]
+)
 def test_a_run_leaves_a_folder_that_a_pipeline_loads(task, data, tmp_path):
-    result = train(task, {**QUICK, **data[task], "output": str(tmp_path / "run"), "tensorboard": True}, TINY)
+    asked = {**QUICK, **data[task], "output": str(tmp_path / "run"), "tensorboard": task in ("classify", "qa")}
+    result = train(task, asked, TINY)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     measure = TASKS[task].measure
     assert metrics["task"] == task
     assert f"held_out_{measure.key}" in metrics
     assert metrics["steps"] == 6
     assert all(path.exists() for path in result.paths.values())
-    assert any((tmp_path / "run" / "tensorboard").iterdir())
+    if asked["tensorboard"]:
+        assert any((tmp_path / "run" / "tensorboard").iterdir())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     assert type(tokenizer).__name__ == "ReformerByteTokenizer"
     assert tokenizer.model_max_length == 64

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,16 +215,13 @@ def _load(kind: type[Task], folder: str, name: str) -> Any:
 def _budget(task: Task, checkpoint: Path | None) -> Budget:
     settings, steps = task.settings, task.settings.max_steps
     if settings.max_epochs is not None:
-        per_step = settings.batch_size * settings.gradient_accumulation * _world_size()
+        # Launchers say how many processes there are before any of them has joined the others.
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        per_step = settings.batch_size * settings.gradient_accumulation * processes
         by_epochs = max(1, math.ceil(settings.max_epochs * len(task.train) / per_step))  # type: ignore[arg-type]
         steps = by_epochs if steps is None else min(steps, by_epochs)
     before = 0.0 if checkpoint is None else seconds_spent(checkpoint_state(checkpoint))
     return Budget(steps, settings.max_minutes, before)
-
-
-def _world_size() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _run(

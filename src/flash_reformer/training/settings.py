@@ -213,6 +213,7 @@ class ExampleSettings(TrainingSettings):
 class ClassificationSettings(ExampleSettings):
     """What a classifier is asked for."""
 
+    learning_rate: float = option(2e-3, "Highest learning rate of AdamW.", "Optimizer")
     text_column: str = option("text", "Column that holds the text.", "Data")
     label_column: str = option("label", "Column that holds the class: whole numbers or names.", "Data")
 

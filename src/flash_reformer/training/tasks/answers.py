@@ -157,7 +157,7 @@ class QuestionAnswering(PaddedRows, Task):
         "local_num_chunks_after": 1,
         "lsh_attn_chunk_length": 32,
         "lsh_num_chunks_after": 1,
-        "num_hashes": 2,
+        "num_hashes": 4,
         "initializer_range": 0.1,
         "axial_norm_std": 0.03,
         "hidden_dropout_prob": 0.0,
