@@ -262,9 +262,13 @@ RUNS = {"mlm": run_mlm, "classify": run_classify, "qa": run_qa}
 def main() -> None:
     """Run the tasks that are named, all by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", choices=[*RUNS, []], help="by default all")
+    parser.add_argument("tasks", nargs="*", help=f"of {', '.join(RUNS)}; all by default")
     results = {}
-    for name in parser.parse_args().tasks or list(RUNS):
+    names = parser.parse_args().tasks or list(RUNS)
+    unknown = [name for name in names if name not in RUNS]
+    if unknown:
+        parser.error(f"no task {unknown[0]!r}; there are {', '.join(RUNS)}")
+    for name in names:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             results[name] = RUNS[name](Path(folder))

@@ -24,6 +24,7 @@ BENCHMARKS = {
     "gradients": "reversible against plain gradients, finite differences, reconstruction",
     "depth_memory": "peak memory of a training step against depth",
     "duplication": "the duplication task, three seeds, both ways",
+    "recipes": "what the recipes learn with their defaults, judged by the pipelines",
     "tokenizers": "tokenizers against SentencePiece and transformers' own: ids that differ, MB/s",
 }
 RESULTS = Path(__file__).parent / "results"
