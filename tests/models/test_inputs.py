@@ -175,6 +175,7 @@ STD = (-0.1, "1", float("nan"), float("inf"), True, None)
 FLAG = (0, 1, "True", None)
 SIZES = ([], [0, 4], [4, -1], [4, 1.5], [4, True], 16, "64", None)
 BAD_FIELDS = {
+    "answer_lengths": (3, [1], {"stride": 1}, {"doc_stride": -1}, {"max_answer_len": "3"}),
     "attention_head_size": COUNT,
     "attn_layers": ([], ["lsh", "global"], "lsh", None, 3, [None]),
     "axial_norm_std": STD,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from flash_reformer import ReformerTokenizer, ReformerTokenizerFast
+from flash_reformer import ReformerByteTokenizer, ReformerTokenizer, ReformerTokenizerFast
 from tests.tokenization.corpus import MODELS, adversarial, ordinary
 
 ModelFile = Callable[[str], str]
@@ -154,3 +154,12 @@ def test_spaces_around_tokens_that_take_them(model_file: ModelFile) -> None:
             assert encoding.input_ids == slow(text).input_ids, (stripping, text)
         start, end = fast("the  [M]  fox", return_offsets_mapping=True).offset_mapping[-1 - len(fast("fox").input_ids)]
         assert (start, end) == (5 - 2 * bool(token.lstrip), 8 + 2 * bool(token.rstrip))
+
+
+@pytest.mark.parametrize("stride", [8, 9])
+def test_windows_that_would_not_move_on_are_refused(stride):
+    tokenizer = ReformerByteTokenizer()
+    asked = {"truncation": True, "max_length": 8, "return_overflowing_tokens": True}
+    assert len(tokenizer("word " * 9, stride=7, **asked)["input_ids"]) > 1
+    with pytest.raises(ValueError, match=f"stride must be less than max_length=8, got {stride}"):
+        tokenizer("word " * 9, stride=stride, **asked)

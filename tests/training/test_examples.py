@@ -31,6 +31,10 @@ def classification(path: str, **settings) -> SequenceClassification:
 
 
 def answers(path: str, **settings) -> QuestionAnswering:
+    if "held_out" not in settings:
+        # Questions about one text are never on both sides, and most here are about one: judge on a copy.
+        settings["validation"] = str(Path(path).with_stem("copy"))
+        Path(settings["validation"]).write_text(Path(path).read_text())
     return QuestionAnswering(AnswerSettings(dataset=path, **settings), Vocabulary.of_bytes())
 
 
@@ -62,7 +66,7 @@ def test_classes_are_those_of_the_training_examples_in_order(tmp_path):
 def test_csv_with_numbers_and_other_columns(tmp_path):
     with (tmp_path / "a.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerows([["body", "stars"], *(["text, quoted", number % 3] for number in range(9))])
+        writer.writerows([["body", "stars"], *([f"text {number}, quoted", number % 3] for number in range(9))])
     task = classification(str(tmp_path / "a.csv"), text_column="body", label_column="stars")
     assert task.classes == [0, 1, 2]
     assert task.dictated_fields()["id2label"] == {0: "0", 1: "1", 2: "2"}
@@ -111,8 +115,12 @@ def test_long_texts_are_cut_and_said_so(tmp_path):
         ([{"text": "a", "label": None}] * 2, {}, "must hold whole numbers or names; row 0 of .* holds NoneType"),
         ([{"text": "a", "label": True}] * 2, {}, "must hold whole numbers or names; row 0 of .* holds bool"),
         ([{"text": "a", "label": [1]}] * 2, {}, "must hold whole numbers or names; row 0 of .* holds list"),
-        ([{"text": "a", "label": 1}] * 9, {}, r"two classes or more; the training examples have \[1\]"),
-        ([{"text": "a", "label": 1}], {}, r"1 example\(s\): too few"),
+        (
+            [{"text": "a", "label": 1}, {"text": "b", "label": 1}],
+            {},
+            r"two classes or more; the training examples have \[1\]",
+        ),
+        ([{"text": "a", "label": 1}] * 3, {}, r"1 different text\(s\): too few"),
     ],
 )
 def test_tables_that_do_not_fit_are_refused(rows, settings, message, tmp_path):
@@ -137,12 +145,52 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
 
 
 def test_what_is_set_aside_is_random_fixed_and_disjoint():
-    train, judged = set_aside(list(range(100)), 0.1, 0)
+    train, judged = set_aside(list(range(100)), 0.1, 0, str)
     assert len(judged) == 10
     assert sorted(train + judged) == list(range(100))
-    assert judged == set_aside(list(range(100)), 0.1, 0)[1] != set_aside(list(range(100)), 0.1, 1)[1]
+    assert judged == set_aside(list(range(100)), 0.1, 0, str)[1] != set_aside(list(range(100)), 0.1, 1, str)[1]
     assert max(judged) - min(judged) > 40
-    assert [len(part) for part in set_aside([1, 2], 0.9, 0)] == [1, 1]
+    assert [len(part) for part in set_aside([1, 2], 0.9, 0, str)] == [1, 1]
+
+
+def test_one_text_is_never_on_both_sides():
+    examples = [(number % 10, number) for number in range(100)]
+    train, judged = set_aside(examples, 0.2, 0, lambda example: str(example[0]))
+    assert len(judged) == 20
+    assert not {text for text, _ in train} & {text for text, _ in judged}
+
+
+def test_splits_are_files_and_no_file_is_another_split(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, count in (("train", 20), ("test", 6)):
+        jsonl(folder / f"{name}.jsonl", [{"text": f"{name} {n}", "label": n % 2} for n in range(count)])
+    task = classification(str(folder), validation_split="test")
+    assert (len(task.train), len(task.held_out)) == (20, 6)
+    with pytest.raises(ValueError, match="its files are the splits test, train"):
+        classification(str(folder), validation_split="validation")
+    with pytest.raises(ValueError, match="a file is all 'train'"):
+        classification(str(folder / "train.jsonl"), validation_split="test")
+    with pytest.raises(ValueError, match="is what is trained on: nothing would be judged"):
+        classification(str(folder / "train.jsonl"), validation=str(folder / "train.jsonl"))
+    (tmp_path / "a.json").write_text(json.dumps(squad(("Which river?", [("Nile", 4)]))))
+    with pytest.raises(ValueError, match="a file is all 'train'"):
+        load_questions(str(tmp_path / "a.json"), "dev")
+
+
+def test_impossible_questions_have_no_answer(tmp_path):
+    content = squad(("Who?", [("Nile", 4)]))
+    content["data"][0]["paragraphs"][0]["qas"][0]["is_impossible"] = True
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(content))
+    assert read_questions(load_questions(str(tmp_path / "a.json"), "train"), "a")[0].answers == ()
+
+
+def test_answers_may_be_as_long_as_the_longest_trained_on(tmp_path):
+    rows = [question(), question("Where?", CONTEXT[4:20], 4)]
+    task = answers(jsonl(tmp_path / "a.jsonl", rows))
+    assert task.max_answer_tokens == 16 == task.dictated_fields()["answer_lengths"]["max_answer_len"]
+    with pytest.raises(ValueError, match=r"max_answer_tokens must be at least 16, .*; got 15"):
+        answers(jsonl(tmp_path / "a.jsonl", rows), max_answer_tokens=15)
 
 
 # --- questions --------------------------------------------------------------------------------------------------------
@@ -182,7 +230,7 @@ def test_an_answer_that_a_window_cuts_is_not_in_it(tmp_path):
 
 def test_logits_that_point_at_the_answers_are_judged_right(tmp_path):
     rows = [question(), question("Where?", "north", CONTEXT.index("north"))] * 3
-    task = answers(jsonl(tmp_path / "a.jsonl", rows), seq_len=48, doc_stride=16, held_out=0.5)
+    task = answers(jsonl(tmp_path / "a.jsonl", rows), seq_len=48, doc_stride=16)
     longest = max(len(piece.ids) for piece in task.held_out.pieces)
     logits = np.full((2, len(task.held_out), longest), -9.0, dtype=np.float32)
     for number, piece in enumerate(task.held_out.pieces):
@@ -204,6 +252,10 @@ def test_logits_that_point_at_the_answers_are_judged_right(tmp_path):
         (question(start=10_000), "does not stand at answer_start 10000"),
         ({**question(), "answers": {"text": ["Nile"], "answer_start": [4, 5]}}, "as many texts as starts"),
         ({**question(), "answers": "Nile"}, "answers must hold text and answer_start"),
+        ({**question(), "answers": {"text": "Nile", "answer_start": 4}}, "answers must hold lists"),
+        (question(start="4"), "an answer must be a text with a whole number"),
+        (question(start=-62), "an answer must be a text with a whole number"),
+        (question(answer=" ", start=3), "answer ' ' does not stand"),
     ],
 )
 def test_questions_that_do_not_fit_are_refused(row, message, tmp_path):
@@ -218,7 +270,9 @@ def test_questions_that_do_not_fit_are_refused(row, message, tmp_path):
         ('{"data": [1]}', "is not SQuAD-style"),
         ('{"data": [{"paragraphs": [{"qas": [{"question": "x"}]}]}]}', "is not SQuAD-style"),
         ('{"data": ', "is no JSON"),
-        ('{"data": []}', "too few to set some aside"),
+        ('{"data": []}', "no example to train on"),
+        ('{"data": {"paragraphs": []}}', "data must be a list, got dict"),
+        ('{"data": null}', "data must be a list, got NoneType"),
     ],
 )
 def test_squad_files_that_are_none_are_refused(content, message, tmp_path):

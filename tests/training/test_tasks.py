@@ -166,10 +166,87 @@ def test_a_classifier_goes_on_from_another_with_as_many_classes(data, tmp_path):
     again = {**asked, "output": str(tmp_path / "b"), "init_from": str(tmp_path / "a")}
     second = train("classify", again)
     assert second.metrics["held_out_accuracy_at_start"] == first.metrics["held_out_accuracy"]
-    rows = [{"text": "x", "label": number % 3} for number in range(9)]
+    rows = [{"text": f"text {number}", "label": number % 3} for number in range(9)]
     (tmp_path / "three.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=r"data has 3 classes, but init_from .* has a head of 4"):
         train("classify", {**again, "dataset": str(tmp_path / "three.jsonl"), "output": str(tmp_path / "c")})
+
+
+def test_a_language_model_becomes_any_other_model(data, tmp_path):
+    train("clm", {**QUICK, **data["clm"], "output": str(tmp_path / "clm")}, TINY)
+    rows = [{"text": f"text {number}", "label": number % 3} for number in range(12)]
+    (tmp_path / "three.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    start = {**QUICK, "init_from": str(tmp_path / "clm")}
+    three = {**start, "dataset": str(tmp_path / "three.jsonl"), "output": str(tmp_path / "classify")}
+    config = train("classify", three).task.model_class.from_pretrained(tmp_path / "classify").config
+    assert (config.num_labels, config.classifier_pooling, config.is_decoder) == (3, "max", True)
+    masked = train("mlm", {**start, **data["mlm"], "output": str(tmp_path / "mlm")})
+    config = masked.task.model_class.from_pretrained(tmp_path / "mlm").config
+    assert (config.vocab_size, config.is_decoder) == (259, False)
+    train("qa", {**start, **data["qa"], "output": str(tmp_path / "qa")})
+    old = weights(tmp_path / "clm", "clm")["reformer.embeddings.word_embeddings.weight"]
+    for task in ("classify", "mlm", "qa"):
+        new = weights(tmp_path / task, task)["reformer.embeddings.word_embeddings.weight"]
+        # A few steps away from where they came from, far closer than from fresh weights.
+        assert (new[:258] - old).norm() < 0.9 * old.norm()
+
+
+def test_another_tokenizer_than_the_models_is_refused(data, tmp_path):
+    train("clm", {**QUICK, **data["clm"], "output": str(tmp_path / "clm")}, TINY)
+    train_vocabulary([Path(data["clm"]["text"][0])], tmp_path / "vocabulary", vocab_size=40)
+    asked = {**QUICK, **data["clm"], "init_from": str(tmp_path / "clm"), "tokenizer": str(tmp_path / "vocabulary")}
+    with pytest.raises(ValueError, match=r"has 40 ids, but init_from .* has a vocab_size of 258"):
+        train("clm", {**asked, "output": str(tmp_path / "run")})
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_early_stop_leaves_a_checkpoint(data, tmp_path):
+    asked = {**QUICK, **data["clm"], "max_steps": 30, "eval_interval": 2, "learning_rate": 1e-12, "warmup_steps": 0}
+    result = train("clm", {**asked, "early_stopping": 1, "output": str(tmp_path / "run")}, TINY)
+    assert result.metrics["steps"] < 30
+    assert result.paths["checkpoint"].name == f"checkpoint-{result.metrics['steps']}"
+
+
+def test_a_run_that_diverges_says_so(data, tmp_path):
+    asked = {**QUICK, **data["clm"], "learning_rate": 1e30, "max_grad_norm": 1e30, "log_interval": 1}
+    with pytest.raises(ValueError, match=r"the loss is nan at step \d: training has diverged; learning_rate 1e\+30"):
+        train("clm", {**asked, "max_steps": 8, "output": str(tmp_path / "run")}, TINY)
+
+
+def test_overwriting_removes_what_runs_leave_and_nothing_else(data, tmp_path):
+    asked = {**QUICK, **data["clm"], "output": str(tmp_path / "run"), "tensorboard": True}
+    train("clm", asked, TINY)
+    (tmp_path / "run" / "checkpoint-old").mkdir()
+    (tmp_path / "run" / "checkpoint-notes.txt").touch()
+    train("clm", {**asked, "tensorboard": False, "max_steps": 2}, TINY, overwrite=True)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"checkpoint-old", "checkpoint-notes.txt", "checkpoint-2"} <= left
+    assert not {"checkpoint-6", "tensorboard"} & left
+
+
+def test_the_pipeline_answers_as_evaluations_do(data, tmp_path):
+    rows = fact_questions(6, 20, 0, facts=2)[0]
+    for row in rows:
+        # Longer than what question answering pipelines take by default.
+        row["question"] = "if anybody knew about it at all, would they please be so kind as to say: " + row["question"]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {**QUICK, "seq_len": 256, "doc_stride": 16, "max_steps": 60, "keep": "last"}
+    asked |= {"dataset": str(tmp_path / "long.jsonl"), "validation": str(tmp_path / "judged.jsonl")}
+    fields = {**TINY, "hidden_dropout_prob": 0.0, "hash_seed": 0}
+    result = train("qa", {**asked, "output": str(tmp_path / "run")}, fields)
+    answer = pipeline("extractive-question-answering", model=str(tmp_path / "run"))
+    found = [answer(question=row["question"], context=row["context"])["answer"] for row in rows]
+    right = [text == row["answers"]["text"][0] for text, row in zip(found, rows, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(result.metrics["held_out_exact_match"], abs=1e-6)
+    config = result.task.model_class.from_pretrained(tmp_path / "run").config
+    assert config.answer_lengths["max_question_len"] > 64
+
+
+def test_a_classifier_cuts_long_texts_when_asked(data, tmp_path):
+    train("classify", {**QUICK, **data["classify"], "output": str(tmp_path / "run")}, TINY)
+    classify = pipeline("text-classification", model=str(tmp_path / "run"))
+    assert classify("word " * 100, truncation=True)[0]["label"] in ("north", "east", "south", "west")
 
 
 def test_masks_differ_from_step_to_step_and_evaluations_do_not(data, tmp_path):
@@ -195,6 +272,7 @@ def test_masks_differ_from_step_to_step_and_evaluations_do_not(data, tmp_path):
         ("clm", {"tokenizer": "/nowhere/at/all"}, {}, "tokenizer /nowhere/at/all cannot be loaded"),
         ("classify", {"init_from": "/nowhere"}, {"hidden_size": 8}, "init_from brings its own model"),
         ("classify", {}, {"classifier_pooling": "sum"}, "classifier_pooling must be None or one of"),
+        ("clm", {"seed": 2**32}, {}, r"seed must be in 0..2\*\*32 - 1"),
         ("qa", {"doc_stride": -1}, {}, "doc_stride must be at least 0"),
         ("qa", {"seq_len": 100}, {"axial_pos_shape": [8, 8]}, "seq_len must be at most 64"),
     ],

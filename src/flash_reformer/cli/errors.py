@@ -1,5 +1,6 @@
 """How a command ends when something is wrong: one readable line, or the traceback on request."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,7 +19,9 @@ def readable_errors(debug: bool, *, on_interrupt: str = "interrupted") -> Iterat
         on_interrupt: what to say after Ctrl-C.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: _complain(f"warning: {message}")
+            yield
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt:

@@ -21,7 +21,7 @@ from flash_reformer.cli.options import (
 from flash_reformer.cli.progress import ProgressBar
 from flash_reformer.models.configuration_reformer import ReformerConfig
 from flash_reformer.training import recipes
-from flash_reformer.training.presets import PRESETS
+from flash_reformer.training.presets import PRESETS, check_effect
 from flash_reformer.training.recipes import TrainingResult
 from flash_reformer.training.tasks import TASKS, Task
 
@@ -73,6 +73,9 @@ def _add(task: type[Task], says: str, example: str) -> None:
                     result = _resume(task, given, resume_from, bar)
                 else:
                     fields = _fields(given, config)
+                    start = PRESETS[preset].model if preset in PRESETS else {}
+                    sizes = {**task.model_defaults, **start, **fields}
+                    check_effect(given_model_fields(given), sizes.get("attn_layers", ReformerConfig().attn_layers))
                     settings = given_settings(task, given)
                     result = recipes.train(task.name, settings, fields, preset=preset, overwrite=overwrite, report=bar)
             _show(console, result)

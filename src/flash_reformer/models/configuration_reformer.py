@@ -63,12 +63,21 @@ def _sizes(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(_is_int(v) and v >= 1 for v in value)
 
 
+def _is_answer_lengths(value: Any) -> bool:
+    names = {"doc_stride", "max_answer_len", "max_question_len"}
+    return isinstance(value, dict) and set(value) <= names and all(_is_int(v) and v >= 0 for v in value.values())
+
+
 _BOOL = ("True or False", lambda value: isinstance(value, bool))
 _PROBABILITY = _number_in(0.0, 1.0)
 _COUNT = _int_from(1)
 _MAYBE_NONE = _int_from(0)
 #: What each field may hold, by itself: a description and a test.
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "answer_lengths": (
+        "None, or a dict with doc_stride, max_answer_len and max_question_len as integers >= 0",
+        lambda value: value is None or _is_answer_lengths(value),
+    ),
     "attention_head_size": _COUNT,
     "attn_layers": (
         f"a non-empty list of {' and '.join(map(repr, _KINDS))}",
@@ -185,6 +194,8 @@ class ReformerConfig(PreTrainedConfig):
         lsh_attend_across_buckets: let a query see everything in its window, not its own bucket only.
         lsh_allow_duplicate_attention: count a key once per appearance over the rounds, not once.
         full_attention_below: attend exactly in every layer up to this many tokens.
+        answer_lengths: what the question answering pipeline takes for ``doc_stride``, ``max_answer_len`` and
+            ``max_question_len`` where it is not told otherwise; training writes down its own.
         num_buckets_automatic: set on save: ``num_buckets`` was derived, so training goes on deriving it.
         trained_num_buckets: the bucket factors of the longest sequence trained on, while ``num_buckets`` is
             automatic; saving writes them as ``num_buckets``.
@@ -242,6 +253,7 @@ class ReformerConfig(PreTrainedConfig):
     lsh_allow_duplicate_attention: bool = True
     full_attention_below: int = 0
     classifier_pooling: str | None = None
+    answer_lengths: dict[str, int] | None = None
     num_buckets_automatic: bool = False
     trained_num_buckets: list[int] | None = None
 

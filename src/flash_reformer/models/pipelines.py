@@ -133,6 +133,14 @@ class QuestionAnsweringPipeline(ChunkPipeline):
             {name: value for name, value in last.items() if value is not None},
         )
 
+    @property
+    def _lengths(self) -> dict[str, int]:
+        """What the model was trained with."""
+        return getattr(self.model.config, "answer_lengths", None) or {}
+
+    def _length(self, name: str, asked: int | None, usual: int) -> int:
+        return self._lengths.get(name, usual) if asked is None else asked
+
     def _window_limit(self) -> int:
         return getattr(self.model.config, "max_length_of_positions", _WINDOW)
 
@@ -141,13 +149,15 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         input_: Any,
         doc_stride: int | None = None,
         max_seq_len: int | None = None,
-        max_question_len: int = 64,
+        max_question_len: int | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Yield the windows of one example, each with its tensors ``[1, T]``."""
         example = _checked(input_)
         if max_seq_len is None:
             max_seq_len = min(self.tokenizer.model_max_length, self._window_limit())
-        question = self._cut(example["question"], max_question_len)
+        question = self._cut(example["question"], self._length("max_question_len", max_question_len, 64))
+        if doc_stride is None and self._lengths.get("doc_stride", max_seq_len) < max_seq_len // 2:
+            doc_stride = self._lengths["doc_stride"]
         frame = len(self.tokenizer(question, "").input_ids)
         room = max_seq_len - frame
         if doc_stride is None:
@@ -209,7 +219,7 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         self,
         model_outputs: list[dict[str, Any]],
         top_k: int = 1,
-        max_answer_len: int = 15,
+        max_answer_len: int | None = None,
         handle_impossible_answer: bool = False,
         align_to_words: bool = True,
     ) -> dict[str, Any] | list[dict[str, Any]]:
@@ -220,7 +230,7 @@ class QuestionAnsweringPipeline(ChunkPipeline):
             windows,
             context,
             top_k=top_k,
-            max_answer_len=max_answer_len,
+            max_answer_len=self._length("max_answer_len", max_answer_len, 15),
             align_to_words=align_to_words,
             with_none=handle_impossible_answer,
         )

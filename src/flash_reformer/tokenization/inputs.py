@@ -24,6 +24,12 @@ def refuse_surrogates(*inputs: Any) -> None:
             )
 
 
+def refuse_stride(stride: int, max_length: int | None, truncates: bool) -> None:
+    """Raise ``ValueError`` where windows would not move on: the Rust library panics."""
+    if truncates and max_length is not None and stride and stride >= max_length:
+        raise ValueError(f"stride must be less than max_length={max_length}, got {stride}: windows would not move on")
+
+
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value

@@ -1,7 +1,7 @@
 """Sizes of models: their flags, the defaults of each task, and named starting points."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,15 @@ def parse_model_option(flag: str, value: Any) -> Any:
             raise ValueError(f"{flag} must be whole numbers separated by commas, got {value!r}") from None
         return numbers[0] if kind == "buckets" and len(numbers) == 1 else numbers
     return value
+
+
+def check_effect(fields: Mapping[str, Any], layers: Sequence[str]) -> None:
+    """Refuse sizes of a kind of layer that the model has none of."""
+    hashing = ("lsh_", "num_hashes", "num_buckets", "hash_seed")
+    for kind, starts in (("lsh", hashing), ("local", ("local_",))):
+        idle = [name for name in fields if name.startswith(starts) and fields[name] is not None]
+        if kind not in layers and idle:
+            raise ValueError(f"{', '.join(idle)} would have no effect: attn_layers has no {kind!r} layer")
 
 
 def axial_shape(seq_len: int) -> list[int]:

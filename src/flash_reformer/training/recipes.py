@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedConfig, TrainerCallback
 
 from flash_reformer.models.configuration_reformer import ReformerConfig
 from flash_reformer.training.budget import Budget
@@ -86,7 +86,7 @@ def train(
         _check_limit(settings, fields)
     prepared = kind(settings, find_vocabulary(settings))
     if settings.init_from is not None:
-        network = _load(kind, settings.init_from, "init_from")
+        network = _load(prepared, settings.init_from, "init_from")
         prepared.check_model(network)
     else:
         network = build_model(prepared, fields)
@@ -128,7 +128,7 @@ def resume(
     if Path(settings.output).resolve() != checkpoint.parent.resolve():
         prepare_folder(settings.output, overwrite=False)
     prepared = kind(settings, find_vocabulary(settings))
-    network = _load(kind, str(checkpoint), "checkpoint")
+    network = _load(prepared, str(checkpoint), "checkpoint")
     write_settings(recorded, settings)
     return _run(prepared, network, checkpoint, report, callbacks)
 
@@ -202,13 +202,18 @@ def _check_limit(settings: TrainingSettings, fields: Mapping[str, Any]) -> None:
         raise ValueError(f"seq_len must be at most {limit}, the positions of the model; got {settings.seq_len}")
 
 
-def _load(kind: type[Task], folder: str, name: str) -> Any:
+def _load(task: Task, folder: str, name: str) -> Any:
     if not (Path(folder) / "config.json").is_file() and Path(folder).exists():
         raise ValueError(f"{name} {folder} is no saved model: there is no config.json in it")
     try:
         with quiet_transformers():
-            return kind.model_class.from_pretrained(folder)
-    except OSError as error:
+            saved, _ = PreTrainedConfig.get_config_dict(folder)
+            if saved.get("model_type") != ReformerConfig.model_type:
+                raise ValueError(f"its model_type is {saved.get('model_type')!r}, not 'reformer'")
+            architecture = (saved.get("architectures") or [""])[0]
+            return task.model_class.from_pretrained(folder, **task.loading_fields(architecture))
+    except Exception as error:
+        # Loaders raise dozens of kinds; what was to be loaded must be said with each.
         raise ValueError(f"{name} {folder} cannot be loaded: {error}") from error
 
 
@@ -246,7 +251,7 @@ def _run(
         processing_class=task.vocabulary.tokenizer,
     )
     trainer.args.eval_on_start = checkpoint is None
-    # Where pipelines cut texts and lay windows: what the model was trained on, or all it can take.
+    # Where `truncation=True` cuts and the pipeline lays windows: what was trained on, or all that fits.
     limit = settings.seq_len if task.cuts_texts else network.config.max_length_of_positions
     task.vocabulary.tokenizer.model_max_length = limit
     with quiet_transformers():

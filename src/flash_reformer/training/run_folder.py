@@ -44,7 +44,8 @@ def prepare_folder(output: str, *, overwrite: bool) -> Path:
             hint = "go on with --resume, start over with --overwrite, or name another" if is_run else "name another"
             raise ValueError(f"--output {folder} already holds {'a run' if is_run else 'other files'}: {hint}")
         for own in (*folder.glob("checkpoint-*"), folder / "tensorboard"):
-            shutil.rmtree(own, ignore_errors=not own.exists())
+            if own.is_dir() and (own.name == "tensorboard" or own.name.removeprefix("checkpoint-").isdigit()):
+                shutil.rmtree(own)
         for name in (*_OWN_FILES, *_MODEL_FILES):
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +63,8 @@ def write_settings(task: str, settings: TrainingSettings) -> Path:
 def find_checkpoint(resume_from: str | None, output: str) -> Path:
     """Return the checkpoint to go on from: the one named, or else the last one of the run in ``output``."""
     if resume_from is None:
+        if not output:
+            raise ValueError("--resume needs --output: the folder of the run to go on with")
         last = get_last_checkpoint(output) if Path(output).is_dir() else None
         if last is None:
             raise ValueError(f"--resume: there is no checkpoint in {output}")

@@ -88,7 +88,8 @@ class TrainingSettings:
         )
         return {
             **dict.fromkeys(counts.split(), at_least(1)),
-            **dict.fromkeys(("warmup_steps", "seed"), at_least(0)),
+            "warmup_steps": at_least(0),
+            "seed": ("in 0..2**32 - 1", lambda value: 0 <= value < 2**32),
             **dict.fromkeys(("learning_rate", "max_minutes", "max_epochs", "max_grad_norm"), POSITIVE),
             "seq_len": at_least(2),
             "weight_decay": ("a number, at least 0", at_least(0)[1]),
@@ -224,7 +225,9 @@ class AnswerSettings(ExampleSettings):
 
     seq_len: int = option(4096, "Tokens of question and context together, per window.", "Data")
     doc_stride: int = option(128, "Tokens that neighbouring windows of a long context share.", "Data")
-    max_answer_tokens: int = option(30, "Tokens that an answer may have.", "Data")
+    max_answer_tokens: int | None = option(
+        None, "Tokens that an answer may have; by default as many as the longest one trained on.", "Data"
+    )
 
     def limits(self) -> dict[str, tuple[str, Callable[[Any], bool]]]:
         """Return what each setting may be."""

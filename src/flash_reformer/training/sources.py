@@ -1,5 +1,6 @@
 """Where text comes from: files, the standard library of the running Python, or a dataset."""
 
+import re
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from flash_reformer.training.data import Document
 
 # Folders of the standard library that hold tests or other people's packages.
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+
+_SPLITS = ("train", "validation", "test")
 
 # What `datasets` calls the readers of the files that we accept.
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -54,13 +57,17 @@ def read_rows(name: str, split: str, *, flag: str = "--dataset") -> Any:
         raise ImportError(f"{flag} needs the package `datasets`: pip install datasets") from error
     had_bars = datasets.are_progress_bars_disabled() is False
     datasets.disable_progress_bars()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         return _load(datasets, name, split)
     except Exception as error:
-        # `datasets` raises dozens of kinds; its first line says what was wrong.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        # `datasets` raises dozens of kinds, the telling one inside another; its first line says what was wrong.
+        told = error.__cause__ or error
+        reason = str(told).strip().splitlines() or [type(told).__name__]
         raise ValueError(f"{flag} {name} (split {split!r}) cannot be read: {reason[0]}") from error
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if had_bars:
             datasets.enable_progress_bars()
 
@@ -102,7 +109,7 @@ def _load(datasets: Any, name: str, split: str) -> Any:
         loaded = datasets.load_from_disk(str(path))
         return loaded[split] if isinstance(loaded, dict) else loaded
     if path.exists():
-        reader, files = _reader_of(path)
+        reader, files = _reader_of(path, split)
         options = {"sample_by": "document"} if reader == "text" else {}
         return datasets.load_dataset(reader, data_files={split: files}, split=split, **options)
     if path.suffix in _READERS or path.is_absolute() or name.startswith("."):
@@ -110,8 +117,33 @@ def _load(datasets: Any, name: str, split: str) -> Any:
     return datasets.load_dataset(name, split=split)
 
 
-def _reader_of(path: Path) -> tuple[str, list[str]]:
+def files_of_split(path: Path, split: str) -> list[Path]:
+    """Return the files of a path that make up a split.
+
+    A file is all ``train``. In a folder, files named after splits (``test.jsonl``, ``train-00001.parquet``) are those
+    splits; where none is, all are ``train``.
+    """
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in _READERS)
+    named = {file: _named_split(file) for file in files if path.is_dir()}
+    present = sorted({each for each in named.values() if each is not None})
+    if present:
+        if split not in present:
+            raise ValueError(f"its files are the splits {', '.join(present)}")
+        return [file for file in files if named[file] == split]
+    if split != "train":
+        raise ValueError(f"{'a file' if path.is_file() else 'a folder without files of that name'} is all 'train'")
+    return files
+
+
+def _named_split(file: Path) -> str | None:
+    word = re.split(r"[^a-z]", file.stem.lower())[0]
+    return {"valid": "validation", "dev": "validation", "val": "validation"}.get(
+        word, word if word in _SPLITS else None
+    )
+
+
+def _reader_of(path: Path, split: str) -> tuple[str, list[str]]:
+    files = files_of_split(path, split)
     readers = {_READERS.get(file.suffix, file.suffix) for file in files}
     if len(readers) != 1 or not readers <= set(_READERS.values()):
         found = ", ".join(sorted(readers)) or "nothing of the kind"

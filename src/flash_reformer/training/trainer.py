@@ -1,5 +1,6 @@
 """`transformers.Trainer` for any :class:`Task`, with a schedule that follows a :class:`Budget`."""
 
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,8 +51,9 @@ class Rhythm(TrainerCallback):
         evaluate, save = self.settings.eval_interval, self.settings.save_interval
         control.should_evaluate = fraction >= 1.0 or (due if evaluate is None else step % evaluate == 0)
         control.should_save = fraction >= 1.0 or (due if save is None else step % save == 0)
-        if self.settings.keep == "best":
-            # What is best is known after an evaluation, and can be gone back to where a checkpoint was written.
+        if self.settings.keep == "best" or self.settings.early_stopping is not None:
+            # What is best is known after an evaluation, and can be gone back to where a checkpoint was written. And a
+            # run that stops early ends with the checkpoint of the evaluation that ended it.
             control.should_save = control.should_save or control.should_evaluate
         # A checkpoint carries the log, and the log carries the time spent: see `seconds_spent`.
         control.should_log = control.should_log or control.should_save
@@ -124,6 +126,11 @@ class TaskTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the task's measures and the time spent to every entry of the log."""
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise ValueError(
+                f"the loss is {logs['loss']} at step {self.state.global_step}: training has diverged; "
+                f"learning_rate {self.settings.learning_rate} is too high, or precision too low"
+            )
         logs["seconds"] = round(self.budget.seconds, 3)
         self.task.add_to_log(logs)
         super().log(logs, *args, **kwargs)

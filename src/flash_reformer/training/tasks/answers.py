@@ -56,10 +56,15 @@ def load_questions(name: str, split: str, *, flag: str = "--dataset") -> Any:
     path = Path(name)
     if path.is_file() and path.suffix == ".json":
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"{flag} {name} is no JSON: {error}") from error
         if isinstance(content, dict) and "data" in content:
+            if split != "train":
+                raise ValueError(f"{flag} {name} (split {split!r}) cannot be read: a file is all 'train'")
+            if not isinstance(content["data"], list):
+                found = type(content["data"]).__name__
+                raise ValueError(f"{name} is not SQuAD-style: data must be a list, got {found}")
             return content["data"]
     return read_rows(name, split, flag=flag)
 
@@ -81,7 +86,8 @@ def _squad_rows(data: list[Any], name: str) -> Iterator[dict[str, Any]]:
         for article in data:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
-                    answers = question.get("answers", [])
+                    # Unanswerable questions may carry answers that are only plausible.
+                    answers = [] if question.get("is_impossible") else question.get("answers", [])
                     yield {
                         "id": question.get("id"),
                         "question": question["question"],
@@ -105,11 +111,17 @@ def _question(row: dict[str, Any], name: str) -> Question:
             raise ValueError(f"{part} must be a text that is not empty; {name} has {value!r}")
     if not isinstance(answers, dict) or not {"text", "answer_start"} <= set(answers):
         raise ValueError(f"answers must hold text and answer_start; {name} has {answers!r}")
+    if not all(isinstance(answers[part], list | tuple) for part in ("text", "answer_start")):
+        raise ValueError(f"answers must hold lists as text and answer_start; {name} has {answers!r}")
     texts, starts = tuple(answers["text"]), tuple(answers["answer_start"])
     if len(texts) != len(starts):
         raise ValueError(f"answers must have as many texts as starts; {name} has {len(texts)} and {len(starts)}")
     for text, start in zip(texts, starts, strict=True):
-        if not text or context[start : start + len(text)] != text:
+        if not isinstance(text, str) or isinstance(start, bool) or not isinstance(start, int) or start < 0:
+            raise ValueError(
+                f"an answer must be a text with a whole number >= 0 as answer_start; {name} has {text!r} at {start!r}"
+            )
+        if not text.strip() or context[start : start + len(text)] != text:
             found = context[start : start + len(text)]
             raise ValueError(f"answer {text!r} does not stand at answer_start {start} of {name}: there is {found!r}")
     return Question(name, question, context, texts, starts)
@@ -172,9 +184,25 @@ class QuestionAnswering(PaddedRows, Task):
 
     def __init__(self, settings: AnswerSettings, vocabulary: Vocabulary) -> None:
         super().__init__(settings, vocabulary)
-        train, self.questions = read_examples(settings, read_questions, load_questions)
+        train, self.questions = read_examples(
+            settings, read_questions, lambda question: question.context, load_questions
+        )
         self.train = Pieces(self._cut(train))
         self.held_out = Pieces(self._cut(self.questions))
+        spans = [piece.span for piece in self.train.pieces]
+        longest = max(last - first + 1 for first, last in spans)
+        self.max_answer_tokens = longest if settings.max_answer_tokens is None else settings.max_answer_tokens
+        if longest > self.max_answer_tokens:
+            raise ValueError(
+                f"max_answer_tokens must be at least {longest}, the tokens of the longest answer to train on; "
+                f"got {self.max_answer_tokens}: longer ones could never be found"
+            )
+        # What the pipeline takes by default, so that it answers as evaluations do.
+        self.answer_lengths = {
+            "doc_stride": settings.doc_stride,
+            "max_answer_len": self.max_answer_tokens,
+            "max_question_len": max(1, settings.seq_len - settings.doc_stride - 1),
+        }
 
     def _cut(self, questions: list[Question]) -> list[Piece]:
         settings, pieces = self.settings, []
@@ -203,6 +231,15 @@ class QuestionAnswering(PaddedRows, Task):
                 pieces.append(Piece(source, tokens, offsets, in_context, span))
         return pieces
 
+    def dictated_fields(self) -> dict[str, Any]:
+        """Return what the vocabulary dictates, and the lengths that the pipeline is to take."""
+        return {**super().dictated_fields(), "answer_lengths": self.answer_lengths}
+
+    def check_model(self, model: Any) -> None:
+        """Give a loaded model the lengths of this run."""
+        super().check_model(model)
+        model.config.answer_lengths = self.answer_lengths
+
     @property
     def tokens_per_row(self) -> float:
         """Mean length of the windows."""
@@ -228,7 +265,7 @@ class QuestionAnswering(PaddedRows, Task):
                 parts,
                 question.context,
                 top_k=1,
-                max_answer_len=self.settings.max_answer_tokens,
+                max_answer_len=self.max_answer_tokens,
                 align_to_words=True,
                 with_none=with_none,
             )

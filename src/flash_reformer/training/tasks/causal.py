@@ -48,6 +48,10 @@ class CausalLanguageModelling(Task):
         """Return what the vocabulary and causality dictate."""
         return {**super().dictated_fields(), "is_decoder": True}
 
+    def loading_fields(self, architecture: str) -> dict[str, Any]:
+        """Let a bidirectional model look back only."""
+        return {"is_decoder": True}
+
     @property
     def tokens_per_row(self) -> float:
         """Tokens of a block."""

@@ -66,8 +66,10 @@ class SequenceClassification(PaddedRows, Task):
 
     def __init__(self, settings: ClassificationSettings, vocabulary: Vocabulary) -> None:
         super().__init__(settings, vocabulary)
-        train, held_out = read_examples(settings, self._read)
-        self.classes = _classes([label for _, label in train])
+        train, held_out = read_examples(settings, self._read, lambda example: example[0])
+        # A class whose examples were all set aside is still a class; one of a named validation alone is a mistake.
+        named = settings.validation is not None or settings.validation_split is not None
+        self.classes = _classes([label for _, label in (train if named else [*train, *held_out])])
         self.train = self._encode(train, "training")
         self.held_out = self._encode(held_out, "held-out")
 
@@ -128,6 +130,13 @@ class SequenceClassification(PaddedRows, Task):
             "label2id": {name: place for place, name in enumerate(names)},
             "problem_type": "single_label_classification",
         }
+
+    def loading_fields(self, architecture: str) -> dict[str, Any]:
+        """Give a model that has no head yet one for these classes, and the recipe's pooling."""
+        if architecture == self.model_class.__name__:
+            return {}
+        labels = {name: self.dictated_fields()[name] for name in ("id2label", "label2id", "problem_type")}
+        return {**labels, "classifier_pooling": self.model_defaults["classifier_pooling"]}
 
     def check_model(self, model: Any) -> None:
         """Give a loaded model the classes; one with as many outputs keeps its head."""

@@ -60,6 +60,16 @@ class MaskedLanguageModelling(Task):
         """Return what the vocabulary and two-sided attention dictate."""
         return {**super().dictated_fields(), "is_decoder": False}
 
+    def loading_fields(self, architecture: str) -> dict[str, Any]:
+        """Let a causal model look both ways."""
+        return {"is_decoder": False}
+
+    def check_model(self, model: Any) -> None:
+        """Make room for the mask token, where the model's vocabulary ends right before it."""
+        if model.config.vocab_size == self.masking.mask_id == self.vocabulary.size - 1:
+            model.resize_token_embeddings(self.vocabulary.size)
+        super().check_model(model)
+
     @property
     def tokens_per_row(self) -> float:
         """Tokens of a block."""

@@ -71,9 +71,18 @@ class Task(ABC):
             "eos_token_id": self.vocabulary.eos_id,
         }
 
+    def loading_fields(self, architecture: str) -> dict[str, Any]:
+        """Return what the configuration of a saved model must become; ``architecture`` is the class that saved it."""
+        return {}
+
     def check_model(self, model: Any) -> None:
         """Refuse a loaded model that does not fit the task's data."""
         config = model.config
+        if self.settings.tokenizer is not None and config.vocab_size > self.vocabulary.size:
+            raise ValueError(
+                f"tokenizer {self.vocabulary.name} has {self.vocabulary.size} ids, but init_from "
+                f"{self.settings.init_from} has a vocab_size of {config.vocab_size}: it was trained with another"
+            )
         if config.vocab_size < self.vocabulary.size:
             raise ValueError(
                 f"tokenizer {self.vocabulary.name} has ids up to {self.vocabulary.size - 1}, but init_from "
