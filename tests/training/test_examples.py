@@ -112,7 +112,7 @@ def test_long_texts_are_cut_and_said_so(tmp_path):
         ([{"text": 3, "label": 1}], {}, "--text-column 'text' must hold text; row 0 of .* holds int"),
         ([{"text": "a", "label": 0}, {"text": " \n", "label": 1}], {}, "holds no text in row 1 of"),
         ([{"text": "a", "label": 1.5}] * 2, {}, "must hold whole numbers or names; row 0 of .* holds float"),
-        ([{"text": "a", "label": None}] * 2, {}, "must hold whole numbers or names; row 0 of .* holds NoneType"),
+        ([{"text": "a", "label": 1}, {"text": "b", "label": None}], {}, "'label' holds no label in row 1 of"),
         ([{"text": "a", "label": True}] * 2, {}, "must hold whole numbers or names; row 0 of .* holds bool"),
         ([{"text": "a", "label": [1]}] * 2, {}, "must hold whole numbers or names; row 0 of .* holds list"),
         (

@@ -26,6 +26,7 @@ from flash_reformer.training.run_folder import (
     write_settings,
 )
 from flash_reformer.training.settings import TrainingSettings
+from flash_reformer.training.sources import is_missing_folder
 from flash_reformer.training.tasks import TASKS, Task
 from flash_reformer.training.trainer import TaskTrainer, seconds_spent, uses_gpu
 from flash_reformer.training.vocabulary import Vocabulary
@@ -203,6 +204,8 @@ def _check_limit(settings: TrainingSettings, fields: Mapping[str, Any]) -> None:
 
 
 def _load(task: Task, folder: str, name: str) -> Any:
+    if is_missing_folder(folder):
+        raise ValueError(f"{name} {folder} cannot be loaded: there is no such folder")
     if not (Path(folder) / "config.json").is_file() and Path(folder).exists():
         raise ValueError(f"{name} {folder} is no saved model: there is no config.json in it")
     try:

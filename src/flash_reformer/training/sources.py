@@ -80,6 +80,11 @@ def check_columns(rows: Any, name: str, **columns: str) -> None:
             raise ValueError(f"{flag} {column!r} is no column of {name}; it has {', '.join(rows.column_names)}")
 
 
+def is_missing_folder(name: str) -> bool:
+    """Say whether a name can only be a folder's, and there is none; other names may be on the hub."""
+    return (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).exists()
+
+
 def check_text(value: Any, option: str, column: str, place: str) -> str:
     """Return a cell that must hold text; ``place`` is where it stands."""
     if not isinstance(value, str):

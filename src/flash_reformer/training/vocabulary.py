@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from flash_reformer.tokenization.byte_tokenizer import ReformerByteTokenizer
 from flash_reformer.tokenization.bytes import BYTE_OFFSET
 from flash_reformer.training.quiet import quiet_transformers
+from flash_reformer.training.sources import is_missing_folder
 
 #: The word of a token that is of none: white space, ends of texts.
 NO_WORD = -1
@@ -58,6 +59,8 @@ class Vocabulary:
     @classmethod
     def load(cls, name: str) -> "Vocabulary":
         """Load the tokenizer of a folder or of the hub; ``ValueError`` says why it cannot be."""
+        if is_missing_folder(name):
+            raise ValueError(f"tokenizer {name} cannot be loaded: there is no such folder")
         try:
             with quiet_transformers():
                 return cls(AutoTokenizer.from_pretrained(name), name)

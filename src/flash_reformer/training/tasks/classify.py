@@ -78,10 +78,13 @@ class SequenceClassification(PaddedRows, Task):
         check_columns(rows, name, text_column=settings.text_column, label_column=settings.label_column)
         feature = rows.features[settings.label_column]
         names = getattr(feature, "names", None)
+        labels = rows[settings.label_column]
+        for index, label in enumerate(labels):
+            # A number that a table lacks becomes NaN, and the column's whole numbers become fractions.
+            if label is None or label != label:
+                raise ValueError(f"--label-column {settings.label_column!r} holds no label in row {index} of {name}")
         found = []
-        for index, (text, label) in enumerate(
-            zip(rows[settings.text_column], rows[settings.label_column], strict=True)
-        ):
+        for index, (text, label) in enumerate(zip(rows[settings.text_column], labels, strict=True)):
             place = f"row {index} of {name}"
             if not check_text(text, "text_column", settings.text_column, place).strip():
                 raise ValueError(f"--text-column {settings.text_column!r} holds no text in {place}")

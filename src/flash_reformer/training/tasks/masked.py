@@ -97,7 +97,7 @@ class MaskedLanguageModelling(Task):
         return {"masked_accuracy": float((predictions == labels)[judged].mean())}
 
     def add_to_log(self, logs: dict[str, float]) -> None:
-        """Add the perplexity of hidden tokens."""
+        """Add the perplexity of hidden tokens: of the mean over batches, which hide about as many tokens each."""
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
 
