@@ -3,13 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, TrainerCallback, pipeline
+from transformers import AutoTokenizer, pipeline
 
 import flash_reformer  # noqa: F401  (registers the pipelines)
 from benchmarks.recipes import fact_questions, marked_texts
 from flash_reformer.tokenization.training import train_vocabulary
 from flash_reformer.training import resume, train
 from flash_reformer.training.tasks import TASKS
+from tests.training.test_recipes import Interrupt
 
 TINY = {
     "attn_layers": ["local", "lsh"],
@@ -22,17 +23,6 @@ TINY = {
     "hidden_dropout_prob": 0.1,
 }
 QUICK = {"max_steps": 6, "batch_size": 2, "cpu": True, "seq_len": 64, "learning_rate": 1e-2}
-
-
-class Interrupt(TrainerCallback):
-    """Ends a run in the middle of a step, as Ctrl-C does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
