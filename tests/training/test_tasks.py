@@ -243,10 +243,10 @@ def test_masks_differ_from_step_to_step_and_evaluations_do_not(data, tmp_path):
     result = train("mlm", {**QUICK, **data["mlm"], "output": str(tmp_path / "run")}, TINY)
     task = result.task
     batch = task.collate([task.train[0], task.train[1]])
-    first, second = (task.model_inputs(batch, training=True)["labels"] for _ in range(2))
+    first, second = (task.model_inputs(batch)["labels"] for _ in range(2))
     assert not torch.equal(first, second)
     held_out = task.collate([task.held_out[0]])
-    assert task.model_inputs(held_out, training=False) is held_out
+    assert task.model_inputs(held_out) is held_out
 
 
 @pytest.mark.parametrize(

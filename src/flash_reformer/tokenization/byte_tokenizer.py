@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from flash_reformer.tokenization.bytes import BYTE_OFFSET, EOS_ID, PAD_ID, VOCAB_SIZE
-from flash_reformer.tokenization.inputs import refuse_stride, refuse_surrogates
+from flash_reformer.tokenization.inputs import WindowsMoveOn, refuse_surrogates
 
 PAD = "<pad>"
 EOS = "</s>"
@@ -26,7 +26,7 @@ def _byte_vocabulary() -> dict[str, int]:
     return {PAD: PAD_ID, EOS: EOS_ID, **{name: byte + BYTE_OFFSET for byte, name in enumerate(_byte_names())}}
 
 
-class ReformerByteTokenizer(TokenizersBackend):
+class ReformerByteTokenizer(WindowsMoveOn, TokenizersBackend):
     """Bytes of UTF-8 as tokens: ``id = byte + 2``, with padding at 0 and end of text at 1; 258 entries.
 
     Any text can be encoded and comes back exactly; nothing is normalised. Lengths count bytes, offsets count
@@ -109,13 +109,6 @@ class ReformerByteTokenizer(TokenizersBackend):
         # What the backend knows as an added token it finds in texts; padding and end of text have no spelling there.
         found = [token for token in new_tokens if str(token) not in (PAD, EOS)]
         return super()._add_tokens(found, special_tokens=special_tokens)
-
-    def set_truncation_and_padding(
-        self, padding_strategy: Any, truncation_strategy: Any, max_length: int, stride: int, *args: Any, **kwargs: Any
-    ) -> None:
-        """Set what the base class sets; windows that would not move on are refused."""
-        refuse_stride(stride, max_length, truncation_strategy.value != "do_not_truncate")
-        super().set_truncation_and_padding(padding_strategy, truncation_strategy, max_length, stride, *args, **kwargs)
 
     def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> Any:
         try:

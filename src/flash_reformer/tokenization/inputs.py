@@ -30,6 +30,19 @@ def refuse_stride(stride: int, max_length: int | None, truncates: bool) -> None:
         raise ValueError(f"stride must be less than max_length={max_length}, got {stride}: windows would not move on")
 
 
+class WindowsMoveOn:
+    """Put before a base class on `tokenizers`: refuses strides at which the Rust library panics."""
+
+    def set_truncation_and_padding(
+        self, padding_strategy: Any, truncation_strategy: Any, max_length: int, stride: int, *args: Any, **kwargs: Any
+    ) -> None:
+        """Set what the base class sets; windows that would not move on are refused."""
+        refuse_stride(stride, max_length, truncation_strategy.value != "do_not_truncate")
+        super().set_truncation_and_padding(  # type: ignore[misc]
+            padding_strategy, truncation_strategy, max_length, stride, *args, **kwargs
+        )
+
+
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value

@@ -12,7 +12,7 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from flash_reformer.tokenization.backend import make_backend
 from flash_reformer.tokenization.exact import ExactTokenizer
-from flash_reformer.tokenization.inputs import refuse_stride, refuse_surrogates
+from flash_reformer.tokenization.inputs import WindowsMoveOn, refuse_surrogates
 from flash_reformer.tokenization.sentencepiece_model import SentencePieceModel, read_model
 from flash_reformer.tokenization.special_tokens import EOS, UNK, resolve_special_tokens
 from flash_reformer.tokenization.tokenizer import VOCAB_FILE, write_model
@@ -26,7 +26,7 @@ from flash_reformer.tokenization.tokenizer_json import (
 TOKENIZER_FILE = "tokenizer.json"
 
 
-class ReformerTokenizerFast(TokenizersBackend):
+class ReformerTokenizerFast(WindowsMoveOn, TokenizersBackend):
     """Subwords by ``tokenizers``, with the ids of :class:`ReformerTokenizer` and the characters behind every token.
 
     Args:
@@ -107,13 +107,6 @@ class ReformerTokenizerFast(TokenizersBackend):
     def can_save_slow_tokenizer(self) -> bool:
         """Whether a folder saved from here also loads as :class:`ReformerTokenizer`."""
         return self._has_model_file
-
-    def set_truncation_and_padding(
-        self, padding_strategy: Any, truncation_strategy: Any, max_length: int, stride: int, *args: Any, **kwargs: Any
-    ) -> None:
-        """Set what the base class sets; windows that would not move on are refused."""
-        refuse_stride(stride, max_length, truncation_strategy.value != "do_not_truncate")
-        super().set_truncation_and_padding(padding_strategy, truncation_strategy, max_length, stride, *args, **kwargs)
 
     def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> Any:
         refuse_surrogates(text, text_pair)

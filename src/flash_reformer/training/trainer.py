@@ -91,7 +91,7 @@ class TaskTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Give the model what the task makes of a batch."""
-        inputs = self.task.model_inputs(inputs, training=model.training)
+        inputs = self.task.model_inputs(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def create_scheduler(

@@ -57,7 +57,7 @@ class CausalLanguageModelling(Task):
         """Tokens of a block."""
         return float(self.train.length)
 
-    def model_inputs(self, inputs: dict[str, Any], *, training: bool) -> dict[str, Any]:
+    def model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Ask for the loss alone: no cache is built, and logits are never held for the whole sequence."""
         return {**inputs, "return_logits": False, "use_cache": False}
 

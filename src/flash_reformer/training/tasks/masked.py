@@ -75,7 +75,7 @@ class MaskedLanguageModelling(Task):
         """Tokens of a block."""
         return float(self.blocks.length)
 
-    def model_inputs(self, inputs: dict[str, Any], *, training: bool) -> dict[str, Any]:
+    def model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Mask a training batch anew each time; held-out rows come masked."""
         if "words" not in inputs:
             return inputs

@@ -98,7 +98,7 @@ class Task(ABC):
         """Make a batch of rows of one length."""
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def model_inputs(self, inputs: dict[str, Any], *, training: bool) -> dict[str, Any]:
+    def model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return what the model's forward gets of a batch."""
         return inputs
 
