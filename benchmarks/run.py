@@ -22,6 +22,7 @@ import transformers
 BENCHMARKS = {
     "parity": "evaluation forwards against transformers' Reformer",
     "gradients": "reversible against plain gradients, finite differences, reconstruction",
+    "decode": "cost of a token after a long context, against transformers' Reformer",
     "depth_memory": "peak memory of a training step against depth",
     "duplication": "the duplication task, three seeds, both ways",
     "recipes": "what the recipes learn with their defaults, judged by the pipelines",

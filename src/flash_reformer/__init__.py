@@ -5,13 +5,10 @@ package registers them with the Auto classes.
 """
 
 from flash_reformer.models.auto import register as _register
+from flash_reformer.models.cache import ReformerCache
 from flash_reformer.models.configuration_reformer import ReformerConfig
-from flash_reformer.models.modeling_heads import (
-    ReformerForMaskedLM,
-    ReformerForQuestionAnswering,
-    ReformerForSequenceClassification,
-    ReformerModelWithLMHead,
-)
+from flash_reformer.models.modeling_heads import ReformerForQuestionAnswering, ReformerForSequenceClassification
+from flash_reformer.models.modeling_language import ReformerForMaskedLM, ReformerModelWithLMHead
 from flash_reformer.models.modeling_reformer import (
     ReformerAttention,
     ReformerLayer,
@@ -34,6 +31,7 @@ __all__ = [
     "QuestionAnsweringPipeline",
     "ReformerAttention",
     "ReformerByteTokenizer",
+    "ReformerCache",
     "ReformerConfig",
     "ReformerForMaskedLM",
     "ReformerForQuestionAnswering",

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from flash_reformer.ops import attention as _attention
+from flash_reformer.ops import decoding as _decoding
 from flash_reformer.ops import hashing as _hashing
 from flash_reformer.ops import loss as _loss
 from flash_reformer.ops import sorting as _sorting
@@ -40,6 +41,18 @@ binary_cross_entropy_sum = _loss.binary_cross_entropy_sum
 cross_entropy_sum = _loss.cross_entropy_sum
 squared_error_sum = _loss.squared_error_sum
 IGNORE_INDEX = _loss.IGNORE_INDEX
+bucket_dtype = _hashing.bucket_dtype
+# A step of decoding is a few small operations on any device.
+bucket_starts = _decoding.bucket_starts
+windows_of_new_tokens = _decoding.windows_of_new_tokens
+merge_recent = _decoding.merge_recent
+drop_positions = _decoding.drop_positions
+without_repeats = _decoding.without_repeats
+window_bias = _decoding.window_bias
+exact_bias = _decoding.exact_bias
+attend_with_bias = _decoding.attend_with_bias
+attend_to_windows = _decoding.attend_to_windows
+softmax_dtype = _attention.softmax_dtype
 
 
 def hash_vectors(*args: Any, backend: str = "auto", **kwargs: Any) -> Tensor:

@@ -109,11 +109,15 @@ def test_generate_repeats_itself_by_seed(trained):
     assert first.exit_code == 0, first.stderr
     assert first.stdout.startswith("line")
     assert first.stdout == again.stdout != other.stdout
+    # How fast it went is not part of the text.
+    assert re.search(r"5 tokens read in [0-9.]+ s, \d+ written in [0-9.]+ s", first.stderr)
+    assert "tokens read" not in first.stdout
 
 
 def test_generate_takes_its_prompt_from_a_file_and_every_sampling_option(trained, tmp_path):
     (tmp_path / "prompt").write_bytes(b"lin\xff")
     options = ["--temperature", 0.5, "--top-k", 3, "--top-p", 0.9, "--num-hashes", 2, "--max-new-tokens", 5]
+    options += ["--prefill-chunk-size", 3]
     result = run("generate", trained, "--prompt-file", tmp_path / "prompt", *options)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith("lin\N{REPLACEMENT CHARACTER}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flash_reformer import functional
 from tests.models.builders import build, ids
 
 PAD = 1
@@ -17,19 +18,33 @@ def by_hand(model, prompt: torch.Tensor, new: int = NEW, **options) -> list[int]
     tokens = prompt.view(1, -1)
     for _ in range(new):
         with torch.no_grad():
-            last = model(tokens, **options).logits[0, -1].argmax()
+            last = model(tokens, use_cache=False, **options).logits[0, -1].argmax()
         tokens = torch.cat([tokens, last.view(1, 1)], dim=1)
         if last == EOS:
             break
     return tokens[0, len(prompt) :].tolist()
 
 
-def without_end(**changes):
-    """A model that never ends a sequence of its own accord, so that lengths are known."""
-    model = build("ReformerModelWithLMHead", **changes)
+def without_end(name: str = "ReformerModelWithLMHead", **changes):
+    """A model that never ends a sequence of its own accord, nor writes pads, so that lengths are known."""
+    model = build(name, **changes)
     with torch.no_grad():
-        model.lm_head.bias[EOS] = -1e4
+        model.lm_head.bias[PAD] = model.lm_head.bias[EOS] = -1e4
     return model
+
+
+def settled(model, longest: int):
+    """The same model with the bucket count that ``num_buckets=None`` stands for in a generation of that length."""
+    if model.config.num_buckets is not None:
+        return model
+    padded = -(-longest // 4) * 4 if longest > 4 else longest
+    twin = without_end(**{**fields_of(model), "num_buckets": functional.automatic_num_buckets(padded, 4, 72)})
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def fields_of(model) -> dict:
+    return {name: getattr(model.config, name) for name in ("attn_layers", "num_hashes", "hash_seed")}
 
 
 def generate(model, tokens, **options):
@@ -56,7 +71,9 @@ def test_greedy_equals_a_loop_by_hand(length, num_buckets):
     result = generate(model, prompt)
     assert result.shape == (1, length + NEW)
     assert torch.equal(result[:, :length], prompt)
-    assert result[0, length:].tolist() == by_hand(model, prompt[0])
+    assert result[0, length:].tolist() == by_hand(settled(model, length + NEW), prompt[0])
+    uncached = generate(model, prompt, use_cache=False)
+    assert uncached[0, length:].tolist() == by_hand(model, prompt[0])
 
 
 def test_what_is_generated_depends_on_the_prompt():
@@ -72,13 +89,17 @@ def test_what_is_generated_depends_on_the_prompt():
 def test_a_padded_row_generates_what_it_generates_alone(side, num_buckets):
     model = without_end(num_buckets=num_buckets)
     prompts = [ids(1, length, seed=seed)[0] for seed, length in enumerate((5, 14, 2, 14))]
-    expected = [by_hand(model, prompt) for prompt in prompts]
+    expected = {
+        True: [by_hand(settled(model, len(prompt) + NEW), prompt) for prompt in prompts],
+        False: [by_hand(model, prompt) for prompt in prompts],
+    }
     for length in (14, 17, 30):
         tokens, real = padded(prompts, length, side)
         for attention_mask in (real, real.bool()):
-            result = generate(model, tokens, attention_mask=attention_mask)
-            assert result[:, length:].tolist() == expected
-    assert len({tuple(row) for row in expected}) == 4
+            for use_cache, rows in expected.items():
+                result = generate(model, tokens, attention_mask=attention_mask, use_cache=use_cache)
+                assert result[:, length:].tolist() == rows
+    assert len({tuple(row) for row in expected[True]}) == 4
 
 
 def test_logits_of_a_padded_row_are_those_of_the_row_alone():
@@ -87,11 +108,12 @@ def test_logits_of_a_padded_row_are_those_of_the_row_alone():
     options = {"return_dict_in_generate": True, "output_logits": True}
     for side in ("left", "right"):
         tokens, real = padded(prompts, 17, side)
-        together = generate(model, tokens, attention_mask=real, **options).logits
-        for row, prompt in enumerate(prompts):
-            alone = generate(model, prompt.view(1, -1), **options).logits
-            for step, (a, b) in enumerate(zip(together, alone, strict=True)):
-                assert torch.allclose(a[row], b[0], rtol=1e-4, atol=1e-4), (side, row, step)
+        for more in ({"use_cache": True}, {"use_cache": False}, {"prefill_chunk_size": 3}):
+            together = generate(model, tokens, attention_mask=real, **options, **more).logits
+            for row, prompt in enumerate(prompts):
+                alone = generate(model, prompt.view(1, -1), **options, **more).logits
+                for step, (a, b) in enumerate(zip(together, alone, strict=True)):
+                    assert torch.allclose(a[row], b[0], rtol=1e-4, atol=1e-4), (side, row, step, more)
 
 
 def test_pads_are_known_by_their_id_where_no_mask_is_given():
@@ -241,14 +263,13 @@ def test_pads_need_no_positions():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"past_key_values": object()}, "past_key_values"),
-        ({"past_buckets_states": object()}, "past_buckets_states"),
-        ({"position_ids": torch.arange(7).unsqueeze(0)}, "position_ids"),
+        ({"position_ids": torch.arange(7).unsqueeze(0) + 66}, "position"),
+        ({"cache_implementation": "static"}, "cache_implementation"),
+        ({"prefill_chunk_size": 4, "use_cache": False}, "prefill_chunk_size"),
+        ({"prefill_chunk_size": 0}, "prefill_chunk_size"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
-        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
-        ({"assistant_model": without_end()}, "assistant_model"),
-        ({"prefill_chunk_size": 4}, "prefill_chunk_size"),
+        ({"guidance_scale": 1.5}, "guidance_scale"),
         ({"head_mask": torch.zeros(3)}, "head_mask"),
         ({"num_hashes": 0}, "num_hashes"),
         ({"attention_mask": torch.zeros(1, 7, dtype=torch.long)}, "attention_mask"),

@@ -294,7 +294,8 @@ def test_tuples_hold_the_same_in_the_same_order(name):
 
 def test_the_configuration_may_ask_for_states_and_tuples():
     model = build(LM, output_hidden_states=True, return_dict=False)
-    logits, states = model(ids(2, T))
+    logits, cache, states = model(ids(2, T))
+    assert isinstance(cache, ours.ReformerCache)
     assert logits.shape == (2, T, 29)
     assert len(states) == 3
 
@@ -310,9 +311,12 @@ def test_outputs_have_the_callers_length(name):
 
 
 def test_the_cache_has_both_its_names():
-    for output in (build("ReformerModel")(ids(1, 5)), build(LM)(ids(1, 5))):
+    for output in (build("ReformerModel")(ids(1, 5)), build(LM)(ids(1, 5), use_cache=False)):
         assert output.past_buckets_states is None
         assert output.past_key_values is None
+    for output in (build("ReformerModel", is_decoder=True)(ids(1, 5)), build(LM)(ids(1, 5))):
+        assert isinstance(output.past_buckets_states, ours.ReformerCache)
+        assert output.past_key_values is output.past_buckets_states
     assert ours.ReformerModelOutput(past_buckets_states=3).past_key_values == 3
     with pytest.raises(AttributeError):
         output.past_key_values = 3

@@ -336,13 +336,18 @@ def test_num_hashes_of_a_call_are_those_of_a_configuration():
 # --- the model as a whole ---------------------------------------------------------------------------------------------
 
 
-def test_a_cache_is_not_there_yet_and_says_so():
-    model = build(LM, use_cache=True)
-    with pytest.warns(UserWarning, match="use_cache"):
-        model(ids(1, 5), use_cache=True)
-    with pytest.raises(ValueError, match="past_buckets_states"):
-        model(ids(1, 5), past_buckets_states=object())
-    model(ids(1, 5))
+def test_who_cannot_keep_a_cache_says_so():
+    for model in (
+        build(LM).train(),
+        build("ReformerModel"),
+        build("ReformerModel", is_decoder=True, lsh_num_chunks_after=1),
+    ):
+        assert model(ids(1, 5)).past_buckets_states is None
+        with pytest.warns(UserWarning, match="use_cache"):
+            assert (model.reformer if model.training else model)(ids(1, 5), use_cache=True).past_buckets_states is None
+    for name in ("past_buckets_states", "past_key_values"):
+        with pytest.raises(TypeError, match=name):
+            build(LM)(ids(1, 5), **{name: object()})
 
 
 @pytest.mark.parametrize("name", CLASSES)

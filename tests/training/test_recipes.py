@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from flash_reformer.models.modeling_heads import ReformerModelWithLMHead
+from flash_reformer.models.modeling_language import ReformerModelWithLMHead
 from flash_reformer.training import resume_clm, train_clm
 from flash_reformer.training.presets import PRESETS
 from flash_reformer.training.recipes import build_model

@@ -9,10 +9,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flash_reformer import functional
 from flash_reformer.layers.call import Call
+from flash_reformer.layers.decode_step import SHARED_BLOCK, WINDOW_BLOCK, Span, Step
+from flash_reformer.layers.decode_storage import Fill, ordinary_tensors
+from flash_reformer.layers.local_state import LocalState
+from flash_reformer.layers.lsh_state import LSHState
 from flash_reformer.layers.norm import LayerNorm
 from flash_reformer.reversible import Record
 
@@ -22,11 +27,31 @@ def _fits_one_chunk(length: int, chunk_length: int | None, call: Call) -> bool:
     return call.exact or chunk_length is None or length <= chunk_length
 
 
+def _each_block(
+    spans: list[Span], block: int, query_BTHD: Tensor, attend: Callable[[Span, int, int, Tensor], Tensor]
+) -> Tensor:
+    """Return ``[B, T, H, D]``, computed for the rows and some new tokens of one span at a time."""
+    T = query_BTHD.shape[1]
+    if len(spans) == 1 and block >= T:
+        return attend(spans[0], 0, T, query_BTHD)
+    out_BTHD = torch.empty_like(query_BTHD)
+    for span in spans:
+        rows: Any = slice(None) if span.rows is None else torch.tensor(span.rows, device=query_BTHD.device)
+        for start in range(span.start, span.stop, block):
+            stop = min(start + block, span.stop)
+            part = attend(span, start, stop, query_BTHD[rows, start:stop])
+            out_BTHD[rows, start:stop] = part.to(out_BTHD.dtype)
+    return out_BTHD
+
+
 class LSHSelfAttention(nn.Module):
     """Attention within buckets of locality-sensitive hashes (Reformer, section 2).
 
     Queries and keys share a projection; a key is the unit vector along its query.
     """
+
+    #: Options of the windows that decoding needs; it is causal, and sees no chunks after its own.
+    _STEP_OPTIONS = ("chunk_length", "num_chunks_before", "wrap_around", "attend_across_buckets")
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
@@ -71,7 +96,11 @@ class LSHSelfAttention(nn.Module):
         """Return ``[B, T, H*D]`` and the buckets, which a recomputation passes back as ``record``."""
         qk_BTHD, v_BTHD = self._project(hidden_BTE)
         dropout = call.dropout(self.dropout, self.layer_idx, self.training)
+        # Only the forward fills a cache, not its recomputation.
+        fill = call.fill if record is None else None
         if _fits_one_chunk(hidden_BTE.shape[1], self.chunk_length, call):
+            if fill is not None:
+                self._fill(fill, qk_BTHD, v_BTHD, None, None, call)
             out_BTHD, _ = functional.exact_attention(
                 qk_BTHD,
                 functional.normalize_keys(qk_BTHD),
@@ -85,10 +114,13 @@ class LSHSelfAttention(nn.Module):
             )
             return out_BTHD.flatten(2), ()
         buckets_BHRT = self._hash(qk_BTHD, call) if record is None else record[0]
+        sorted_positions_BHRT = functional.sort_positions(buckets_BHRT, backend=call.backend)
+        if fill is not None:
+            self._fill(fill, qk_BTHD, v_BTHD, buckets_BHRT, sorted_positions_BHRT, call)
         out_BTHD, _ = functional.lsh_attention(
             qk_BTHD,
             v_BTHD,
-            functional.sort_positions(buckets_BHRT, backend=call.backend),
+            sorted_positions_BHRT,
             buckets_BHRT,
             call.mask_BT,
             head_mask_H,
@@ -97,6 +129,73 @@ class LSHSelfAttention(nn.Module):
             backend=call.backend,
         )
         return out_BTHD.flatten(2), (buckets_BHRT,)
+
+    def _fill(
+        self,
+        fill: Fill,
+        qk_BTHD: Tensor,
+        v_BTHD: Tensor,
+        buckets_BHRT: Tensor | None,
+        sorted_positions_BHRT: Tensor | None,
+        call: Call,
+    ) -> None:
+        keys_BTHD = functional.normalize_keys(qk_BTHD.detach())
+        state: Any = fill.states[self.layer_idx]
+        with ordinary_tensors():
+            state.fill(keys_BTHD, v_BTHD, fill, buckets_BHRT, sorted_positions_BHRT, call.bucket_factors)
+
+    def new_state(self, exact_up_to: float) -> LSHState:
+        """Return what this layer keeps between steps of decoding: nothing yet."""
+        return LSHState(self.layer_idx)
+
+    def decode(self, hidden_BTE: Tensor, step: Step, state: LSHState, head_mask_H: Tensor | None = None) -> Tensor:
+        """Return ``[B, T, H*D]`` for new tokens; the state grows by them."""
+        qk_BTHD, v_BTHD = self._project(hidden_BTE)
+        state.append(functional.normalize_keys(qk_BTHD), v_BTHD, step)
+
+        def attend(span: Span, start: int, stop: int, query_BMHD: Tensor) -> Tensor:
+            if span.factors is None:
+                return self._attend_exactly(query_BMHD, span, start, stop, step, state, head_mask_H)
+            if start == span.start:
+                state.hash_span(qk_BTHD, span, step)
+            options = {name: self.window[name] for name in self._STEP_OPTIONS}
+            positions_BHMX, visible_BHMX = state.windows(span, start, stop, step, options)
+            if not self.window["allow_duplicate_attention"]:
+                positions_BHMX, visible_BHMX = functional.without_repeats(positions_BHMX, visible_BHMX)
+            # Its own key and value come last.
+            own_X1 = (
+                step.once(("after", start, stop, span.rows), lambda: step.lengths_after(start, stop, span.rows)) - 1
+            )
+            own_BHM1 = own_X1[:, None, :, None].expand(*positions_BHMX.shape[:3], 1)
+            positions_BHMX = torch.cat([positions_BHMX, own_BHM1], dim=-1)
+            visible_BHMX = torch.nn.functional.pad(visible_BHMX, (0, 1))
+            key_BHMXD, value_BHMXD = state.gather(positions_BHMX, span, step)
+            return functional.attend_to_windows(query_BMHD, key_BHMXD, value_BHMXD, visible_BHMX, head_mask_H)
+
+        return _each_block(step.spans(self.chunk_length, hashed=True), WINDOW_BLOCK, qk_BTHD, attend).flatten(2)
+
+    def _attend_exactly(
+        self,
+        query_BMHD: Tensor,
+        span: Span,
+        start: int,
+        stop: int,
+        step: Step,
+        state: LSHState,
+        head_mask_H: Tensor | None,
+    ) -> Tensor:
+        rows = range(len(step.lengths)) if span.rows is None else span.rows
+        upto = max(step.lengths[row] for row in rows) + stop
+        key_BHUD, value_BHUD = state.seen(span.rows, upto)
+
+        def bias() -> Tensor:
+            positions_1U = torch.arange(upto, device=query_BMHD.device).unsqueeze(0)
+            lengths_XM = step.lengths_after(start, stop, span.rows)
+            dtype = functional.softmax_dtype(query_BMHD.dtype)
+            return functional.exact_bias(positions_1U, lengths_XM, exclude_self=True, dtype=dtype)
+
+        bias_XMU = step.once(("exact", True, start, stop, span.rows, upto), bias)
+        return functional.attend_with_bias(query_BMHD, key_BHUD, value_BHUD, bias_XMU, head_mask_H)
 
     def probs(self, hidden_BTE: Tensor, call: Call, head_mask_H: Tensor | None, record: Record) -> Tensor:
         """Return this call's attention probabilities: ``[B, H, N, C, W]`` in sorted order, or ``[B, H, T, T]``."""
@@ -145,6 +244,11 @@ class LocalSelfAttention(nn.Module):
         """Return ``[B, T, H*D]`` and an empty record: nothing here is decided twice."""
         query, key, value = (self._split_heads(p(hidden_BTE)) for p in (self.query, self.key, self.value))
         options: dict[str, Any] = {**call.dropout(self.dropout, self.layer_idx, self.training), "backend": call.backend}
+        if call.fill is not None and record is None:
+            scaled = key.detach() / math.sqrt(self.attention_head_size)
+            state: Any = call.fill.states[self.layer_idx]
+            with ordinary_tensors():
+                state.fill(scaled, value, call.fill)
         if _fits_one_chunk(hidden_BTE.shape[1], self.chunk_length, call):
             key = key / math.sqrt(self.attention_head_size)
             out_BTHD, _ = functional.exact_attention(
@@ -155,6 +259,39 @@ class LocalSelfAttention(nn.Module):
                 query, key, value, call.mask_BT, head_mask_H, **self.window, **options
             )
         return out_BTHD.flatten(2), ()
+
+    def new_state(self, exact_up_to: float) -> LocalState:
+        """Return what this layer keeps between steps of decoding: nothing yet."""
+        return LocalState(self.chunk_length, self.window["num_chunks_before"], exact_up_to)
+
+    def decode(self, hidden_BTE: Tensor, step: Step, state: LocalState, head_mask_H: Tensor | None = None) -> Tensor:
+        """Return ``[B, T, H*D]`` for new tokens; the state goes on by them."""
+        query, key, value = (self._split_heads(p(hidden_BTE)) for p in (self.query, self.key, self.value))
+        state.append(key / math.sqrt(self.attention_head_size), value, step)
+
+        def attend(span: Span, start: int, stop: int, query_BMHD: Tensor) -> Tensor:
+            key_BHUD, value_BHUD, positions_XU = state.seen(step, stop)
+            rows = span.rows
+            if rows is not None:
+                index = list(rows)
+                key_BHUD, value_BHUD = key_BHUD[index], value_BHUD[index]
+                positions_XU = positions_XU if positions_XU.shape[0] == 1 else positions_XU[index]
+
+            def bias() -> Tensor:
+                lengths_XM = step.lengths_after(start, stop, rows)
+                dtype = functional.softmax_dtype(query_BMHD.dtype)
+                if span.factors is None:
+                    return functional.exact_bias(positions_XU, lengths_XM, exclude_self=False, dtype=dtype)
+                options = {name: self.window[name] for name in ("chunk_length", "num_chunks_before", "wrap_around")}
+                padded_XM = step.padded_after(start, stop, rows)
+                return functional.window_bias(positions_XU, lengths_XM, padded_XM, **options, dtype=dtype)
+
+            key_of_bias = (span.factors is None, start, stop, rows, tuple(state.base), key_BHUD.shape[2])
+            bias_XMU = step.once(("local", *key_of_bias), bias)
+            return functional.attend_with_bias(query_BMHD, key_BHUD, value_BHUD, bias_XMU, head_mask_H)
+
+        spans = step.spans(self.chunk_length, hashed=False)
+        return _each_block(spans, SHARED_BLOCK, query, attend).flatten(2)
 
     def probs(self, hidden_BTE: Tensor, call: Call, head_mask_H: Tensor | None, record: Record) -> Tensor:
         """Return the attention probabilities of the same call: ``[B, H, N, C, W]``, or ``[B, H, T, T]``."""
@@ -202,3 +339,9 @@ class ReformerAttention(nn.Module):
     def probs(self, hidden_BTE: Tensor, call: Call, head_mask_H: Tensor | None, record: Record) -> Tensor:
         """Return the attention probabilities that the forward with this record used."""
         return self.self_attention.probs(self.layer_norm(hidden_BTE), call, head_mask_H, record)
+
+    def decode(
+        self, hidden_BTE: Tensor, step: Step, state: LSHState | LocalState, head_mask_H: Tensor | None = None
+    ) -> Tensor:
+        """Return the branch's output ``[B, T, E]`` for new tokens."""
+        return self.output(self.self_attention.decode(self.layer_norm(hidden_BTE), step, state, head_mask_H))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flash_reformer.layers.attention import ReformerAttention
 from flash_reformer.layers.call import Call
+from flash_reformer.layers.decode_step import Step
 from flash_reformer.layers.norm import LayerNorm
 from flash_reformer.reversible import Branch, Record, Streams, plain_block, reversible_block
 
@@ -115,6 +116,16 @@ class ReformerLayer(nn.Module):
         after, record = plain_block(attention, feed_forward, streams)
         probs = self.attention.probs(streams.x2, call, head_mask_H, record) if with_probs else None
         return after, probs
+
+    def decode(
+        self, x1: Tensor, x2: Tensor, step: Step, state: Any, head_mask_H: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Map the streams ``[B, T, E]`` of new tokens, given what the layer keeps of those before."""
+        y1 = x1 + self.attention.decode(x2, step, state, head_mask_H)
+        size = self.chunk_size_feed_forward
+        chunks = y1.split(size, dim=1) if 0 < size < y1.shape[1] else (y1,)
+        outs = [self.feed_forward(chunk) for chunk in chunks]
+        return y1, x2 + (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1))
 
     def wants_gradients(self, streams: Streams, head_mask_H: Tensor | None) -> bool:
         """Whether anything that enters this layer requires a gradient."""

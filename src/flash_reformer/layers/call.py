@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from flash_reformer.functional import derive_seed
+
+if TYPE_CHECKING:
+    from flash_reformer.layers.decode_storage import Fill
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Call:
         seed: the root of this call's private randomness; None where the call needs none.
         exact: every layer attends exactly, whatever its chunk length.
         backend: which implementation of the operations to use.
+        fill: where keys and values go if this forward fills a decoding cache.
     """
 
     mask_BT: Tensor | None
@@ -31,6 +35,7 @@ class Call:
     seed: int | None
     exact: bool
     backend: str
+    fill: Fill | None = None
 
     def seed_for_rotations(self, layer_idx: int) -> int:
         """Return the seed of layer ``layer_idx``'s hash rotations."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flash_reformer.layers.block import ReformerLayer
 from flash_reformer.layers.call import Call
+from flash_reformer.layers.decode_step import Step
 from flash_reformer.layers.norm import LayerNorm
 from flash_reformer.reversible import Streams, close_channel, keep, open_channel, start
 
@@ -82,3 +83,21 @@ class ReformerEncoder(nn.Module):
         else:
             both_BTX = torch.cat([streams.x1, streams.x2], dim=-1)
         return self.dropout(self.layer_norm(both_BTX)), states, probs
+
+    def decode(
+        self,
+        embeds_BTE: Tensor,
+        step: Step,
+        states: Sequence[Any],
+        head_masks: list[Tensor | None],
+        output_hidden_states: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return ``[B, T, 2E]`` for new tokens, and the streams between layers if asked for."""
+        x1 = x2 = embeds_BTE
+        kept: list[Tensor] = []
+        layers = cast("Sequence[ReformerLayer]", self.layers)
+        for layer, state, head_mask_H in zip(layers, states, head_masks, strict=True):
+            kept += [x2] if output_hidden_states else []
+            x1, x2 = layer.decode(x1, x2, step, state, head_mask_H)
+        kept += [x2] if output_hidden_states else []
+        return self.dropout(self.layer_norm(torch.cat([x1, x2], dim=-1))), kept

@@ -6,12 +6,8 @@ import transformers
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from flash_reformer.models.configuration_reformer import ReformerConfig
-from flash_reformer.models.modeling_heads import (
-    ReformerForMaskedLM,
-    ReformerForQuestionAnswering,
-    ReformerForSequenceClassification,
-    ReformerModelWithLMHead,
-)
+from flash_reformer.models.modeling_heads import ReformerForQuestionAnswering, ReformerForSequenceClassification
+from flash_reformer.models.modeling_language import ReformerForMaskedLM, ReformerModelWithLMHead
 from flash_reformer.models.modeling_reformer import ReformerModel
 from flash_reformer.models.pipelines import QUESTION_ANSWERING, QuestionAnsweringPipeline
 

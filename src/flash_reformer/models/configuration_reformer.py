@@ -186,7 +186,7 @@ class ReformerConfig(PreTrainedConfig):
             trained model may be evaluated with more.
         vocab_size: number of token ids.
         tie_word_embeddings: must be False; the two matrices differ in shape.
-        use_cache: kept for compatibility; decoding is not cached yet.
+        use_cache: return a decoding cache from evaluation forwards of causal models.
         bos_token_id, eos_token_id, pad_token_id: special ids.
         reversible: rebuild activations in the backward instead of storing them.
         residual_in_fp32: keep the residual streams in fp32 in half-precision models.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flash_reformer.models.configuration_reformer import ReformerConfig
-from flash_reformer.models.modeling_heads import ReformerModelWithLMHead
+from flash_reformer.models.modeling_language import ReformerModelWithLMHead
 from flash_reformer.models.safe_pickle import MAX_BYTES, load_pickle
 from flash_reformer.models.trax_layout import read_weights
 

@@ -1,51 +1,71 @@
-"""Generation without a cache: slow, and right. Each row is computed as if it were alone.
+"""Generation: what ``transformers`` asks of a model, answered with every row on its own.
 
-A padded forward shares one ring of chunks among real tokens and pads, so pads change who sees whom. Here every
-row's real tokens are taken out of the batch, wherever its pads stand, and rows of one length run together. So a
-row gets the logits that it gets alone, with its own positions and its own number of buckets.
+A padded forward shares one ring of chunks among tokens and pads, so pads change who sees whom. Here every row's tokens
+are taken out of the batch, wherever its pads stand, so a row gets the logits that it gets alone, with its own positions
+and its own number of buckets.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash_reformer.models.inputs import check_inputs
+from flash_reformer.models.cache import ReformerCache
+from flash_reformer.models.decoding import Compact
+from flash_reformer.models.inputs import Inputs, check_inputs
 from flash_reformer.models.outputs import ReformerModelWithLMHeadOutput
 
-_NO_CACHE = "decoding is not cached in this version"
 _REFUSED = {
-    "position_ids": "positions follow from attention_mask",
-    "past_key_values": _NO_CACHE,
-    "past_buckets_states": _NO_CACHE,
-    "cache_implementation": _NO_CACHE,
-    "cache_config": _NO_CACHE,
-    "prefill_chunk_size": _NO_CACHE,
-    "assistant_model": _NO_CACHE,
-    "prompt_lookup_num_tokens": _NO_CACHE,
-    "guidance_scale": _NO_CACHE,
+    "cache_config": "a ReformerCache has no settings",
+    "guidance_scale": "it would run a second, unconditional forward outside the cache",
     "output_attentions": "rows run apart and have no common layout",
     "output_hidden_states": "rows run apart and have no common layout",
 }
 
 
-class UncachedGeneration:
-    """The part of ``GenerationMixin`` that a Reformer without a cache answers itself."""
+def _columns(inputs: Inputs, start: int, stop: int) -> Inputs:
+    """Return some columns of a batch."""
+
+    def cut(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[:, start:stop]
+
+    return replace(
+        inputs,
+        input_ids=cut(inputs.input_ids),
+        inputs_embeds=cut(inputs.inputs_embeds),
+        mask_BT=cut(inputs.mask_BT),
+        position_ids=cut(inputs.position_ids),
+    )
+
+
+class CachedGeneration:
+    """The part of ``GenerationMixin`` that a Reformer answers itself."""
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Generate tokens after each row's prompt; arguments as in ``GenerationMixin.generate``.
 
-        ``attention_mask`` may pad rows on either side. ``num_hashes`` sets the hash rounds.
+        ``attention_mask`` may pad rows on either side, and ``position_ids`` place the prompt's tokens. ``num_hashes``
+        sets the hash rounds. ``past_key_values`` (or ``past_buckets_states``) goes on from a cache that an earlier call
+        returned; ``input_ids`` is then the whole text again, or with an ``attention_mask`` over the whole the new part.
+        ``prefill_chunk_size`` runs only a prompt's first so many tokens by a full forward and the others by steps, as
+        if they were generated: in LSH models of several layers that gives other values than one full forward.
 
         Raises:
-            ValueError: for what decoding without a cache cannot honour, and for a length that the position table
-                does not hold.
+            ValueError: for what cannot be honoured, and for a length that the position table does not hold.
         """
         for name, reason in _REFUSED.items():
             if kwargs.get(name) is not None and kwargs[name] is not False:
                 raise ValueError(f"generate does not take {name}: {reason}")
+        if "past_buckets_states" in kwargs:
+            cache = kwargs.pop("past_buckets_states")
+            if cache is not None and kwargs.get("past_key_values") not in (None, cache):
+                raise ValueError("past_buckets_states and past_key_values are two names of one thing: give one")
+            kwargs["past_key_values"] = cache if cache is not None else kwargs.get("past_key_values")
+        if kwargs.get("past_key_values") is not None:
+            self.reformer.check_cache(None, kwargs["past_key_values"])
         prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         prompt = kwargs.get("inputs_embeds") if prompt is None else prompt
         if isinstance(prompt, Tensor) and prompt.dim() >= 2:
@@ -55,8 +75,10 @@ class UncachedGeneration:
     def _check_length(self: Any, prompt: Tensor, options: dict[str, Any]) -> None:
         """Refuse to start what would run out of positions. Of pads no position is used up."""
         config = options.get("generation_config") or self.generation_config
-        columns, mask = prompt.shape[1], options.get("attention_mask")
+        columns, mask, positions = prompt.shape[1], options.get("attention_mask"), options.get("position_ids")
         tokens = int(mask.sum(dim=1).max()) if isinstance(mask, Tensor) and mask.dim() == 2 else columns
+        if isinstance(positions, Tensor) and positions.numel():
+            tokens = int(positions.max()) + 1
         new, total = (options.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length"))
         if new is None:
             new = total - columns if total is not None else 0
@@ -68,73 +90,195 @@ class UncachedGeneration:
                 f"but the position table holds {limit}"
             )
 
-    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        return None
+    # --- the cache ----------------------------------------------------------------------------------------------------
 
-    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("assisted decoding (assistant_model, prompt_lookup_num_tokens) needs a decoding cache")
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Whether ``generate`` sets up a cache; without this it skips every class with 'reformer' in its name."""
+        return True
+
+    def _prepare_cache_for_generation(
+        self: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation must be None or 'dynamic' for a Reformer; got {kind!r}")
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            self.reformer.check_cache(None, cache)
+            cache._is_user_defined = True
+        elif generation_config.use_cache is False:
+            if generation_config.prefill_chunk_size is not None:
+                raise ValueError("prefill_chunk_size needs use_cache=True: steps go on from a cache")
+            return
+        elif self.training:
+            raise ValueError("generate with a cache needs evaluation mode: call model.eval(), or pass use_cache=False")
+        else:
+            cache = model_kwargs["past_key_values"] = ReformerCache(self.config)
+        if cache.columns == 0:
+            cache.reach = max_cache_length + 1
+        cache.prompt_columns = cache.chunk_size = None
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+
+    def _prefill(
+        self: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Let rows, not columns, be cut by ``prefill_chunk_size``: pads must not change where a row is cut."""
+        chunk_size = generation_config.prefill_chunk_size
+        if chunk_size is None:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+            raise ValueError(f"prefill_chunk_size must be an integer >= 1 or None; got {chunk_size!r}")
+        model_kwargs["past_key_values"].chunk_size = chunk_size
+        generation_config.prefill_chunk_size = None
+        try:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            generation_config.prefill_chunk_size = chunk_size
+
+    def _assisted_decoding(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Tell the cache where the prompt ends: its first forward sees candidates too, and they are steps."""
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            if cache.columns >= input_ids.shape[1]:
+                raise ValueError(
+                    f"input_ids must be the whole text in assisted decoding; got {input_ids.shape[1]} tokens, and "
+                    f"past_key_values holds {cache.columns}"
+                )
+            cache.prompt_columns = input_ids.shape[1]
+            cache.chunk_size = kwargs["generation_config"].prefill_chunk_size
+        return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """Leave positions to the rows' counts of tokens."""
+        return
+
+    def _update_model_kwargs_for_generation(
+        self: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, num_new_tokens: int = 1, **kwargs: Any
+    ) -> dict[str, Any]:
+        positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+        options = {**kwargs, "num_new_tokens": num_new_tokens}
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **options)  # type: ignore[misc]
+        if positions is not None:
+            # A row goes on after its own last token, not after what stands in the last column.
+            known = positions if mask is None else positions.masked_fill(mask[:, -positions.shape[1] :] == 0, -1)
+            columns = torch.arange(known.shape[1], device=known.device)
+            last = (columns * (known >= 0)).amax(dim=1, keepdim=True)
+            following = known.gather(1, last) + 1 + torch.arange(num_new_tokens, device=known.device)
+            updated["position_ids"] = torch.cat([positions.expand(known.shape[0], -1), following], dim=1)
+        return updated
 
     def prepare_inputs_for_generation(
         self: Any,
         input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: ReformerCache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        position_ids: Tensor | None = None,
         num_hashes: int | None = None,
+        logits_to_keep: int | None = None,
         **_: Any,
     ) -> dict[str, Any]:
-        """Return the arguments of the forward that a generation step makes: always the whole sequence."""
-        model_inputs: dict[str, Any] = {
-            "attention_mask": attention_mask,
-            "num_hashes": num_hashes,
-            "rows_alone": True,
+        """Return the arguments of the forward that a generation step makes: what is new, or all without a cache."""
+        model_inputs: dict[str, Any] = {"attention_mask": attention_mask, "num_hashes": num_hashes, "rows_alone": True}
+        if past_key_values is None:
+            return {**model_inputs, "input_ids": input_ids, "position_ids": position_ids}
+        cached = past_key_values.columns
+        whole = inputs_embeds is not None and is_first_iteration
+        given = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
+        if (
+            cached
+            and is_first_iteration
+            and next_sequence_length is None
+            and past_key_values.prompt_columns is not None
+        ):
+            next_sequence_length = given.shape[1] - cached
+        if next_sequence_length is not None:
+            if next_sequence_length < 1:
+                raise ValueError(
+                    f"input_ids must be the whole text, longer than the {cached} tokens that past_key_values holds; "
+                    f"got {given.shape[1]}. For new tokens alone pass an attention_mask over the whole"
+                )
+            given = given[:, -next_sequence_length:]
+        if position_ids is not None and is_first_iteration:
+            model_inputs["position_ids"] = position_ids[:, -given.shape[1] :]
+        return {
+            **model_inputs,
+            "inputs_embeds" if whole else "input_ids": given,
+            "past_key_values": past_key_values,
+            "logits_to_keep": logits_to_keep or 1,
         }
-        if inputs_embeds is None:
-            return {**model_inputs, "input_ids": input_ids}
-        new = self.get_input_embeddings()(input_ids)
-        return {**model_inputs, "inputs_embeds": torch.cat([inputs_embeds, new.to(inputs_embeds.dtype)], dim=1)}
-
-    def _last_logits_of_rows(
-        self: Any,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        mask_BT: Tensor | None,
-        num_hashes: int | None,
-    ) -> Tensor:
-        """Return ``[B, 1, V]``: the logits of each row's last real token, the row computed alone.
-
-        Rows with equally many real tokens share a forward. Every forward starts from the same state of the default
-        generator, so a row meets the same random rotations whatever the other rows are; the state moves on once.
-        """
-        given = input_ids if input_ids is not None else inputs_embeds
-        assert given is not None
-        B, T = given.shape[:2]
-        lengths = [T] * B if mask_BT is None else mask_BT.sum(dim=1).tolist()
-        if 0 in lengths:
-            raise ValueError(f"attention_mask must leave every row a token; row {lengths.index(0)} has none")
-        # Real tokens first, each kind in its order.
-        order_BT = None if mask_BT is None else torch.sort(~mask_BT, dim=1, stable=True).indices
-        rng_state = torch.get_rng_state()
-        logits: list[Tensor | None] = [None] * B
-        for length in sorted(set(lengths)):
-            rows = torch.tensor([row for row in range(B) if lengths[row] == length], device=given.device)
-            group = given[rows]
-            if order_BT is not None:
-                places = order_BT[rows, :length]
-                group = group[torch.arange(len(rows), device=given.device).unsqueeze(1), places]
-            torch.set_rng_state(rng_state)
-            name = "input_ids" if input_ids is not None else "inputs_embeds"
-            hidden = self.reformer(**{name: group}, num_hashes=num_hashes, return_dict=True).last_hidden_state
-            for row, last in zip(rows.tolist(), self.lm_head(hidden[:, -1:]), strict=True):
-                logits[row] = last
-        return torch.stack([last for last in logits if last is not None])
 
     def _forward_rows_alone(
         self: Any,
+        cache: ReformerCache | None,
         input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
+        position_ids: Tensor | None,
         attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None,
         num_hashes: int | None,
+        logits_to_keep: int,
     ) -> ReformerModelWithLMHeadOutput:
-        inputs = check_inputs(self.config, input_ids, attention_mask, None, inputs_embeds, num_hashes, alone=True)
-        logits = self._last_logits_of_rows(inputs.input_ids, inputs.inputs_embeds, inputs.mask_BT, num_hashes)
-        return ReformerModelWithLMHeadOutput(logits=logits)
+        """Return the logits ``[B, 1, V]`` of each row's last token, or of the last so many where rows have no pads."""
+        cache = self.reformer.check_cache(None, cache)
+        inputs = check_inputs(
+            self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, alone=True, cache=cache
+        )
+        if cache is None:
+            hidden = self._last_hidden_of_rows(inputs, num_hashes)
+        elif cache.columns == 0:
+            prompt = cache.prompt_columns or inputs.length
+            hidden = self.reformer.prefill_rows(cache, _columns(inputs, 0, prompt), num_hashes, cache.chunk_size)
+            if prompt < inputs.length:
+                rest = self._step(cache, _columns(inputs, prompt, inputs.length), num_hashes)
+                hidden = torch.cat([hidden, rest], dim=1)
+        elif cache.chunk_size is None and (inputs.mask_BT is None or bool(inputs.mask_BT.all())):
+            hidden = self._step(cache, replace(inputs, mask_BT=None), num_hashes)
+        else:
+            hidden = self.reformer.extend_rows(cache, inputs, num_hashes, cache.chunk_size)
+            cache.chunk_size = None
+        logits = self.lm_head(hidden[:, -max(1, logits_to_keep) :])
+        return ReformerModelWithLMHeadOutput(logits=logits, past_buckets_states=cache)
+
+    def _step(self: Any, cache: ReformerCache, inputs: Inputs, num_hashes: int | None) -> Tensor:
+        head_masks = [None] * self.config.num_hidden_layers
+        return self.reformer.step_cache(cache, inputs, num_hashes, head_masks)[0]
+
+    def _last_hidden_of_rows(self: Any, inputs: Inputs, num_hashes: int | None) -> Tensor:
+        """Return ``[B, 1, 2E]`` at each row's last token, without a cache.
+
+        Rows with equally many tokens share a forward. Every forward starts from the same state of the default
+        generator, so a row meets the same random rotations whatever the other rows are; the state moves on once.
+        """
+        compact = Compact.of(inputs.mask_BT, inputs.batch_size, inputs.length)
+        if 0 in compact.counts:
+            raise ValueError(f"attention_mask must leave every row a token; row {compact.counts.index(0)} has none")
+        tokens = compact.take(inputs.given)
+        positions = inputs.position_ids
+        positions = None if positions is None else compact.take(positions).expand(len(compact.counts), -1)
+        rng_state = torch.get_rng_state()
+        last: list[Tensor | None] = [None] * len(compact.counts)
+        for length in sorted(set(compact.counts)):
+            rows = [row for row, count in enumerate(compact.counts) if count == length]
+            index = torch.tensor(rows, device=tokens.device)
+            torch.set_rng_state(rng_state)
+            hidden = self.reformer(
+                tokens[index, :length],
+                position_ids=None if positions is None else positions[index, :length],
+                num_hashes=num_hashes,
+                use_cache=False,
+                return_dict=True,
+            ).last_hidden_state
+            for row, state in zip(rows, hidden[:, -1:], strict=True):
+                last[row] = state
+        return torch.stack([state for state in last if state is not None])

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from flash_reformer.layers.decode_step import Layout
 from flash_reformer.models.configuration_reformer import ReformerConfig
+
+if TYPE_CHECKING:
+    from flash_reformer.models.cache import ReformerCache
 
 _INTEGERS = (torch.int64, torch.int32)
 _MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -126,29 +131,47 @@ def check_inputs(
     num_hashes: int | None,
     *,
     alone: bool = False,
+    cache: ReformerCache | None = None,
 ) -> Inputs:
     """Check what was passed to a model and return it with the mask as bool.
 
     Rows that will run ``alone`` take positions by their own lengths, so the whole batch may be longer than the table.
+    After a filled ``cache`` the mask covers what is cached too; the one returned covers the new tokens only.
 
     Raises:
         TypeError, ValueError: naming the parameter, what was received and what is allowed.
     """
     B, T = _check_given(config, input_ids, inputs_embeds)
     limit = config.max_length_of_positions
-    if limit < T and position_ids is None and not alone:
+    past = 0 if cache is None else cache.columns
+    if cache is not None and past and cache.batch_size != B:
+        name = "input_ids" if input_ids is not None else "inputs_embeds"
+        raise ValueError(f"{name} has {B} rows, but past_key_values is the cache of {cache.batch_size}")
+    if limit < T and position_ids is None and not alone and not past:
         table = f"axial_pos_shape {config.axial_pos_shape}" if config.axial_pos_embds else "max_position_embeddings"
         raise ValueError(f"the input has {T} tokens, but the position table ({table}) holds {limit}")
     if attention_mask is not None:
-        check_tensor("attention_mask", attention_mask, [(B, T)], _MASKS)
+        check_tensor("attention_mask", attention_mask, [(B, past + T)], _MASKS)
         if attention_mask.dtype != torch.bool:
             check_values("attention_mask", attention_mask, 0, 2)
             attention_mask = attention_mask != 0
+        if cache is not None and past:
+            _check_past(attention_mask[:, :past], cache)
+            attention_mask = attention_mask[:, past:]
     if position_ids is not None:
         check_tensor("position_ids", position_ids, [(B, T), (1, T)], _INTEGERS)
         check_values("position_ids", position_ids, 0, limit)
     check_count("num_hashes", num_hashes)
     return Inputs(input_ids, inputs_embeds, attention_mask, position_ids)
+
+
+def _check_past(mask_BT: Tensor, cache: ReformerCache) -> None:
+    """Raise ``ValueError`` unless a mask says of cached columns what it said when they were cached (CPU only)."""
+    if mask_BT.device.type != "cpu":
+        return
+    known = cache.mask_of_columns()
+    if not (mask_BT.all() if known is None else torch.equal(mask_BT, known)):
+        raise ValueError("attention_mask differs from the one that past_key_values was made with at cached tokens")
 
 
 def split_head_mask(config: ReformerConfig, head_mask: Tensor | None) -> list[Tensor | None]:
@@ -164,16 +187,16 @@ def split_head_mask(config: ReformerConfig, head_mask: Tensor | None) -> list[Te
     return list(head_mask.expand(depth, heads).unbind(0))
 
 
-def padded_length(config: ReformerConfig, length: int) -> int:
-    """Return the length at which the layers run: whole chunks of every kind, unless all attend exactly."""
-    if length <= config.full_attention_below:
-        return length
+def layout_of(config: ReformerConfig) -> Layout:
+    """Return how rows are laid out: whole chunks of every kind of layer, unless all attend exactly."""
     by_kind = {"lsh": config.lsh_attn_chunk_length, "local": config.local_attn_chunk_length}
     chunks = [chunk for kind, chunk in by_kind.items() if kind in config.attn_layers and chunk is not None]
-    if not chunks or length <= min(chunks):
-        return length
-    multiple = math.lcm(*chunks)
-    return -(-length // multiple) * multiple
+    return Layout(config.full_attention_below, min(chunks, default=None), math.lcm(*chunks))
+
+
+def padded_length(config: ReformerConfig, length: int) -> int:
+    """Return the length at which the layers run on ``length`` tokens."""
+    return layout_of(config).padded(length)
 
 
 def pad(inputs: Inputs, length: int, pad_embeds: Tensor | None, pad_token_id: int) -> Inputs:

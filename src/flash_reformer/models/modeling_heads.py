@@ -1,7 +1,7 @@
-"""The four tasks: causal and masked language modelling, classification, extractive question answering.
+"""Classification of whole sequences and extractive question answering.
 
-Letters: B batch, T positions, E hidden size, V vocabulary, L labels. Losses are means in nats over the labels that
-count (-100 does not), or sums divided by ``num_items_in_batch`` where Trainer gives it for gradient accumulation.
+Letters: B batch, T positions, E hidden size, L labels. Losses are means in nats over the labels that count (-100 does
+not), or sums divided by ``num_items_in_batch`` where Trainer gives it for gradient accumulation.
 """
 
 from __future__ import annotations
@@ -10,216 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
-from transformers.modeling_outputs import (
-    MaskedLMOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-)
-from transformers.utils.generic import ModelOutput
+from transformers.modeling_outputs import QuestionAnsweringModelOutput, SequenceClassifierOutput
 
-from flash_reformer.functional import (
-    IGNORE_INDEX,
-    binary_cross_entropy_sum,
-    cross_entropy_sum,
-    squared_error_sum,
-)
-from flash_reformer.layers.head import ReformerClassificationHead, ReformerOnlyLMHead
+from flash_reformer.functional import IGNORE_INDEX, binary_cross_entropy_sum, cross_entropy_sum, squared_error_sum
+from flash_reformer.layers.head import ReformerClassificationHead
 from flash_reformer.models.configuration_reformer import ReformerConfig, check_consistency
-from flash_reformer.models.generation import UncachedGeneration
+from flash_reformer.models.head_tools import extras, finish, mean_loss
 from flash_reformer.models.inputs import check_tensor, check_values
 from flash_reformer.models.modeling_reformer import ReformerModel, ReformerPreTrainedModel
-from flash_reformer.models.outputs import ReformerModelOutput, ReformerModelWithLMHeadOutput
-
-#: Positions whose logits exist at once when ``return_logits=False`` and ``chunk_size_lm_head`` is 0.
-LOSS_CHUNK = 1024
-
-
-def _mean(total: Tensor, count: Tensor | int, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """Divide a summed loss; a batch in which nothing counts has loss 0."""
-    if num_items_in_batch is not None:
-        return total / num_items_in_batch
-    return total / (count.clamp(min=1) if isinstance(count, Tensor) else count)
-
-
-def _check_token_labels(labels: Tensor, given: Tensor, config: ReformerConfig) -> None:
-    check_tensor("labels", labels, [tuple(given.shape[:2])], (torch.int64, torch.int32))
-    check_values("labels", labels, 0, config.vocab_size, also=IGNORE_INDEX)
-
-
-def _finish(output: ModelOutput, return_dict: bool | None, config: ReformerConfig) -> Any:
-    return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-
-
-class _LanguageModel(ReformerPreTrainedModel):
-    """What the two language models share: their head."""
-
-    def __init__(self, config: ReformerConfig, *, decoder: bool) -> None:
-        check_consistency(config, decoder=decoder)
-        super().__init__(config)
-        self.reformer = ReformerModel(config)
-        self.lm_head = ReformerOnlyLMHead(config)
-        self.post_init()
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """Return the projection to the vocabulary."""
-        return self.lm_head.decoder
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replace the projection to the vocabulary, keeping as much of the bias as fits."""
-        self.lm_head.decoder = new_embeddings
-        old, size = self.lm_head.bias, new_embeddings.weight.shape[0]
-        if size != old.shape[0]:
-            bias = torch.zeros(size, dtype=old.dtype, device=old.device)
-            kept = min(size, old.shape[0])
-            bias[:kept] = old.detach()[:kept]
-            self.lm_head.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
-
-
-class ReformerModelWithLMHead(UncachedGeneration, _LanguageModel, GenerationMixin):  # type: ignore[misc]
-    """A causal language model. ``config.is_decoder`` must be True."""
-
-    def __init__(self, config: ReformerConfig) -> None:
-        super().__init__(config, decoder=True)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        head_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        num_hashes: int | None = None,
-        past_buckets_states: Any | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        return_logits: bool = True,
-        *,
-        num_items_in_batch: Tensor | int | None = None,
-        rows_alone: bool = False,
-    ) -> tuple[Any, ...] | ReformerModelWithLMHeadOutput:
-        """Predict the next token at every position.
-
-        Args:
-            labels: ``[B, T]`` token ids or -100. They are shifted inside: position i is judged by ``labels[i+1]``.
-            logits_to_keep: make logits of the last so many positions, or of the positions in this 1-d tensor; 0 for
-                all. Not together with ``labels``.
-            return_logits: False (with ``labels``) makes the loss and its gradient chunk by chunk: logits never
-                exist whole.
-            num_items_in_batch: divisor of the summed loss, in place of the number of labels that count.
-            rows_alone: what ``generate`` asks for: compute each row on its unmasked tokens alone and return the
-                logits ``[B, 1, V]`` of its last one. Takes ids or embeddings, ``attention_mask`` and ``num_hashes``.
-
-        The other arguments are those of :class:`ReformerModel`.
-        """
-        if rows_alone:
-            return _finish(
-                self._forward_rows_alone(input_ids, inputs_embeds, attention_mask, num_hashes), return_dict, self.config
-            )
-        if labels is not None:
-            given = input_ids if input_ids is not None else inputs_embeds
-            if isinstance(given, Tensor) and given.dim() >= 2:
-                _check_token_labels(labels, given, self.config)
-            if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
-                raise ValueError("logits_to_keep must be 0 where labels are given: the loss needs every position")
-        elif not return_logits:
-            raise ValueError("return_logits=False needs labels: there would be nothing to return")
-        outputs = self.reformer(
-            input_ids,
-            attention_mask,
-            position_ids,
-            head_mask,
-            inputs_embeds,
-            num_hashes,
-            past_buckets_states,
-            use_cache,
-            output_hidden_states,
-            output_attentions,
-            return_dict=True,
-        )
-        hidden_BTX = outputs.last_hidden_state
-        logits = self.lm_head(_keep_positions(hidden_BTX, logits_to_keep)) if return_logits else None
-        loss = None
-        if labels is not None:
-            targets = labels[:, 1:]
-            if logits is not None:
-                total = cross_entropy_sum(logits[:, :-1], targets)
-            else:
-                chunk = self.config.chunk_size_lm_head or LOSS_CHUNK
-                total = self.lm_head.loss_sum(hidden_BTX[:, :-1], targets, cross_entropy_sum, chunk)
-            loss = _mean(total, (targets != IGNORE_INDEX).sum(), num_items_in_batch)
-        output = ReformerModelWithLMHeadOutput(loss=loss, logits=logits, **_extras(outputs))
-        return _finish(output, return_dict, self.config)
-
-
-def _extras(outputs: ReformerModelOutput) -> dict[str, Any]:
-    return {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
-
-
-def _keep_positions(hidden_BTX: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    if isinstance(logits_to_keep, Tensor):
-        if logits_to_keep.dim() != 1 or logits_to_keep.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"logits_to_keep must be a 1-d integer tensor or an integer; got {logits_to_keep!r}")
-        length = hidden_BTX.shape[1]
-        check_values("logits_to_keep", logits_to_keep, -length, length)
-        return hidden_BTX[:, logits_to_keep]
-    if not isinstance(logits_to_keep, int) or isinstance(logits_to_keep, bool):
-        raise TypeError(f"logits_to_keep must be an integer or a tensor; got {type(logits_to_keep).__name__}")
-    if logits_to_keep < 0:
-        raise ValueError(f"logits_to_keep must be >= 0; got {logits_to_keep}")
-    return hidden_BTX[:, -logits_to_keep:] if logits_to_keep else hidden_BTX
-
-
-class ReformerForMaskedLM(_LanguageModel):
-    """A bidirectional language model for masked tokens. ``config.is_decoder`` must be False."""
-
-    def __init__(self, config: ReformerConfig) -> None:
-        super().__init__(config, decoder=False)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        head_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        num_hashes: int | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-        *,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> tuple[Any, ...] | MaskedLMOutput:
-        """Predict the token at every position; ``labels`` ``[B, T]`` are token ids, or -100 where not judged.
-
-        The other arguments are those of :class:`ReformerModel` and :class:`ReformerModelWithLMHead`.
-        """
-        if labels is not None:
-            given = input_ids if input_ids is not None else inputs_embeds
-            if isinstance(given, Tensor) and given.dim() >= 2:
-                _check_token_labels(labels, given, self.config)
-        outputs = self.reformer(
-            input_ids,
-            attention_mask,
-            position_ids,
-            head_mask,
-            inputs_embeds,
-            num_hashes,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-        )
-        logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            total = cross_entropy_sum(logits, labels)
-            loss = _mean(total, (labels != IGNORE_INDEX).sum(), num_items_in_batch)
-        return _finish(MaskedLMOutput(loss=loss, logits=logits, **_extras(outputs)), return_dict, self.config)
 
 
 class ReformerForSequenceClassification(ReformerPreTrainedModel):
@@ -313,6 +111,7 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
             head_mask,
             inputs_embeds,
             num_hashes,
+            use_cache=False,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
@@ -328,9 +127,9 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
             else:
                 error = squared_error_sum if problem_type == "regression" else binary_cross_entropy_sum
                 total, count = error(logits, labels.view(logits.shape)), labels.numel()
-            loss = _mean(total, count, num_items_in_batch)
-        output = SequenceClassifierOutput(loss=loss, logits=logits, **_extras(outputs))
-        return _finish(output, return_dict, self.config)
+            loss = mean_loss(total, count, num_items_in_batch)
+        output = SequenceClassifierOutput(loss=loss, logits=logits, **extras(outputs))
+        return finish(output, return_dict, self.config)
 
 
 class ReformerForQuestionAnswering(ReformerPreTrainedModel):
@@ -380,6 +179,7 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
             head_mask,
             inputs_embeds,
             num_hashes,
+            use_cache=False,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
@@ -392,9 +192,9 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
                 places = places.flatten().long()
                 inside = (places >= 0) & (places < logits.shape[1])
                 total = cross_entropy_sum(logits, torch.where(inside, places, IGNORE_INDEX))
-                halves.append(_mean(total, inside.sum(), num_items_in_batch))
+                halves.append(mean_loss(total, inside.sum(), num_items_in_batch))
             loss = (halves[0] + halves[1]) / 2
         output = QuestionAnsweringModelOutput(
-            loss=loss, start_logits=start_logits, end_logits=end_logits, **_extras(outputs)
+            loss=loss, start_logits=start_logits, end_logits=end_logits, **extras(outputs)
         )
-        return _finish(output, return_dict, self.config)
+        return finish(output, return_dict, self.config)

@@ -14,11 +14,14 @@ from flash_reformer import functional
 from flash_reformer.layers import block
 from flash_reformer.layers.attention import ReformerAttention
 from flash_reformer.layers.call import Call
+from flash_reformer.layers.decode_storage import Fill
 from flash_reformer.layers.embeddings import ReformerEmbeddings
 from flash_reformer.layers.encoder import ReformerEncoder
 from flash_reformer.layers.head import ReformerOnlyLMHead
 from flash_reformer.models import inputs as door
+from flash_reformer.models.cache import ReformerCache, can_cache
 from flash_reformer.models.configuration_reformer import ReformerConfig, check_consistency
+from flash_reformer.models.decoding import CachedForwards
 from flash_reformer.models.outputs import ReformerModelOutput
 from flash_reformer.models.resizing import ResizablePositions
 
@@ -98,7 +101,7 @@ class ReformerPreTrainedModel(ResizablePositions, PreTrainedModel):
                 self.config.record_trained_buckets(tuple(factors))
 
 
-class ReformerModel(ReformerPreTrainedModel):
+class ReformerModel(CachedForwards, ReformerPreTrainedModel):
     """Embeddings and the stack; ``[B, T]`` token ids become ``[B, T, 2 * hidden_size]`` hidden states.
 
     LSH attention is not prefix-stable: later tokens move the borders of chunks, so they can change earlier outputs
@@ -156,12 +159,65 @@ class ReformerModel(ReformerPreTrainedModel):
         if inputs.inputs_embeds is not None and length > inputs.length:
             pad_embeds = words(torch.full((), pad_token_id, device=inputs.given.device))
         padded = door.pad(inputs, length, pad_embeds, pad_token_id)
-        embeds_BTE = words(padded.input_ids) if padded.input_ids is not None else padded.inputs_embeds
-        positions_XT = door.positions(inputs, length, self.config.max_length_of_positions)
+        return self._embed_at(padded.given, door.positions(inputs, length, self.config.max_length_of_positions)), padded
+
+    def _embed_at(self, given: Tensor, positions_XT: Tensor) -> Tensor:
+        """Return the embeddings ``[B, T, E]`` of ids or of word embeddings at these positions."""
+        embeds_BTE = self.embeddings.word_embeddings(given) if given.dim() == 2 else given
         embeds_BTE = self.embeddings(embeds_BTE, positions_XT)
         if self.config.residual_in_fp32:
             embeds_BTE = embeds_BTE.to(torch.promote_types(embeds_BTE.dtype, torch.float32))
-        return embeds_BTE, padded
+        return embeds_BTE
+
+    def _encode(
+        self,
+        inputs: door.Inputs,
+        num_hashes: int,
+        seed: int | None,
+        head_masks: list[Tensor | None] | None = None,
+        *,
+        factors: tuple[int, ...] | None = None,
+        fill: Fill | None = None,
+        with_states: bool = False,
+        with_probs: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+        """Run the stack; return hidden states ``[B, T, 2E]`` and what was asked for, at the caller's length.
+
+        ``factors`` of the bucket count follow the length if they are None.
+        """
+        config, T = self.config, inputs.length
+        length = door.padded_length(config, T)
+        embeds_BTE, padded = self._embed(inputs, length)
+        call = Call(
+            mask_BT=padded.mask_BT,
+            num_hashes=num_hashes,
+            bucket_factors=self._bucket_factors(length) if factors is None else factors,
+            rotation_seed=config.hash_seed,
+            seed=seed,
+            exact=config.full_attention_below >= T,
+            backend=self._backend,
+            fill=fill,
+        )
+        head_masks = [None] * config.num_hidden_layers if head_masks is None else head_masks
+        hidden_BTX, states, probs = self.encoder(embeds_BTE, call, head_masks, with_states, with_probs)
+        return (
+            hidden_BTX[:, :T],
+            # Without pads the very tensors of the chain, so that gradients can be asked for with respect to them.
+            tuple(s if length == T else s[:, :T] for s in states) if with_states else None,
+            tuple(_crop_probs(p, T) for p in probs) if with_probs else None,
+        )
+
+    def _new_cache(self, use_cache: bool | None) -> ReformerCache | None:
+        """Return an empty cache if this call is to fill one. Training never does (it would undo reversibility)."""
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        if not wanted:
+            return None
+        if self.training or not can_cache(self.config):
+            if use_cache:
+                reason = "training keeps no cache" if self.training else "only a causal model's decoding is cached"
+                warnings.warn(f"use_cache=True has no effect: {reason}", stacklevel=3)
+            return None
+        return ReformerCache(self.config)
 
     def forward(
         self,
@@ -176,6 +232,8 @@ class ReformerModel(ReformerPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        *,
+        past_key_values: Any | None = None,
     ) -> tuple[Any, ...] | ReformerModelOutput:
         """Encode a batch of any length up to the position tables' size.
 
@@ -183,60 +241,58 @@ class ReformerModel(ReformerPreTrainedModel):
             input_ids: ``[B, T]`` token ids.
             attention_mask: ``[B, T]``, bool or 0 and 1: which tokens are real. All by default. Masked tokens are read
                 by nobody, but they take part in sorting: an LSH row in a padded batch may see other neighbours
-                than the row alone would.
-            position_ids: ``[B, T]`` or ``[1, T]``; 0, 1, 2, ... by default.
+                than the row alone would. With a filled cache ``[B, cached + T]``, or None if all new tokens are real;
+                then every row goes on as if it were alone.
+            position_ids: ``[B, T]`` or ``[1, T]``; 0, 1, 2, ... by default, and with a cache what comes next.
             head_mask: ``[H]`` or ``[layers, H]``: a factor on each head's attention probabilities.
             inputs_embeds: ``[B, T, hidden_size]`` word embeddings in place of ``input_ids``.
-            num_hashes: hash rounds of this call, in place of ``config.num_hashes``.
-            past_buckets_states: refused; decoding is not cached yet.
-            use_cache: True has no effect yet, and warns.
+            num_hashes: hash rounds of this call, in place of ``config.num_hashes``. A cache keeps those of its first.
+            past_buckets_states: a :class:`ReformerCache`, empty or as an earlier call returned it. The input stands
+                after what is cached; the cache is extended in place. Causal models in evaluation mode only.
+            use_cache: return a cache; ``config.use_cache`` by default. No effect in training and bidirectional models.
+                Neither what is cached nor the states of a step carry gradients.
             output_hidden_states: also return the states between layers. They carry gradients; each is stored.
             output_attentions: also return attention probabilities. They carry gradients; activations are stored.
             return_dict: False returns a tuple, without the fields that are None.
+            past_key_values: the same as ``past_buckets_states``.
 
         Raises:
             ValueError, TypeError: for input that does not fit, naming the parameter. Values of ids, positions and
                 masks are checked on CPU tensors only, since a GPU would have to be waited for.
         """
         config = self.config
-        inputs = door.check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes)
+        cache = self.check_cache(past_buckets_states, past_key_values)
+        inputs = door.check_inputs(
+            config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, cache=cache
+        )
         head_masks = door.split_head_mask(config, head_mask)
-        if past_buckets_states is not None:
-            raise ValueError("past_buckets_states must be None: decoding is not cached in this version")
-        if use_cache:
-            warnings.warn("use_cache=True has no effect: decoding is not cached in this version", stacklevel=2)
         door.check_flags(
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=return_dict,
         )
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        with_states = bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+        with_probs = bool(config.output_attentions if output_attentions is None else output_attentions)
         return_dict = config.return_dict if return_dict is None else return_dict
+        if cache is not None and cache.columns:
+            if with_probs:
+                raise ValueError("output_attentions must be False with a filled cache: a step has no chunks to show")
+            hidden_BTX, stepped = self.step_cache(cache, inputs, num_hashes, head_masks, with_states)
+            output = ReformerModelOutput(hidden_BTX, cache, tuple(stepped) if with_states else None)
+            return output if return_dict else output.to_tuple()
 
-        length = door.padded_length(config, inputs.length)
-        seed = self._draw_seed()
-        embeds_BTE, padded = self._embed(inputs, length)
-        call = Call(
-            mask_BT=padded.mask_BT,
-            num_hashes=config.num_hashes if num_hashes is None else num_hashes,
-            bucket_factors=self._bucket_factors(length),
-            rotation_seed=config.hash_seed,
-            seed=seed,
-            exact=inputs.length <= config.full_attention_below,
-            backend=self._backend,
-        )
-        hidden_BTX, states, probs = self.encoder(
-            embeds_BTE, call, head_masks, bool(output_hidden_states), bool(output_attentions)
-        )
-        T = inputs.length
-        output = ReformerModelOutput(
-            last_hidden_state=hidden_BTX[:, :T],
-            # Without pads the very tensors of the chain, so that gradients can be asked for with respect to them.
-            hidden_states=tuple(s if length == T else s[:, :T] for s in states) if output_hidden_states else None,
-            attentions=tuple(_crop_probs(p, T) for p in probs) if output_attentions else None,
-        )
+        cache = self._new_cache(use_cache) if cache is None else cache
+        rounds = config.num_hashes if num_hashes is None else num_hashes
+        flags: dict[str, Any] = {"with_states": with_states, "with_probs": with_probs}
+        if cache is None:
+            hidden_BTX, states, probs = self._encode(inputs, rounds, self._draw_seed(), head_masks, **flags)
+        else:
+            with cache.filling():
+                fill, compact = self.fill_cache(cache, inputs, num_hashes)
+                hidden_BTX, states, probs = self._encode(inputs, rounds, cache.seed, head_masks, fill=fill, **flags)
+                self.finish_filling(cache, inputs, compact)
+        output = ReformerModelOutput(hidden_BTX, cache, states, probs)
         return output if return_dict else output.to_tuple()
 
 

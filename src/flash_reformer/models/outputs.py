@@ -26,7 +26,7 @@ class ReformerModelOutput(_CarriesCache, ModelOutput):
 
     Attributes:
         last_hidden_state: ``[B, T, 2E]``, both streams, normalised.
-        past_buckets_states: the decoding cache; None as long as decoding is not cached.
+        past_buckets_states: the :class:`ReformerCache`, where the call was to fill or extend one.
         hidden_states: the second stream before the first layer and after each, ``[B, T, E]``, in the dtype of the
             residual streams (fp32 for half-precision models unless ``residual_in_fp32`` is off).
         attentions: attention probabilities per layer. Where a layer attended by chunks, ``[B, H, N, C, W]`` in the

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_reformer.models.configuration_reformer import ReformerConfig
-from flash_reformer.models.modeling_heads import ReformerModelWithLMHead
+from flash_reformer.models.modeling_language import ReformerModelWithLMHead
 
 WORD_LENGTH = 31
 VOCAB_SIZE = 32

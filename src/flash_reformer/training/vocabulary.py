@@ -1,5 +1,6 @@
 """Text to token arrays, with what belongs to each token: its bytes of text, and the word it is of."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from flash_reformer.training.sources import is_missing_folder
 
 #: The word of a token that is of none: white space, ends of texts.
 NO_WORD = -1
+
+#: How SentencePiece writes the bytes of characters that it has no piece for.
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 _WHITE_BYTES = np.zeros(256, dtype=bool)
 _WHITE_BYTES[list(b" \t\n\r\v\f")] = True
@@ -120,6 +124,11 @@ class Vocabulary:
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = np.array(found["offset_mapping"], dtype=np.int64).reshape(-1, 2)
         return Encoded(np.array(found["input_ids"], self.dtype), *_place(text, offsets))
+
+    def is_piece_of_character(self, token_id: int) -> bool:
+        """Say whether a token is a byte among tokens of text, so that its neighbours decide what it stands for."""
+        token = self.tokenizer.convert_ids_to_tokens(token_id)
+        return not self.is_bytes and token is not None and _BYTE_PIECE.fullmatch(token) is not None
 
     def decode(self, ids: list[int]) -> bytes:
         """Return the text of ids; special tokens stand for none."""

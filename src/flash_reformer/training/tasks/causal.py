@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar
 
-from flash_reformer.models.modeling_heads import ReformerModelWithLMHead
+from flash_reformer.models.modeling_language import ReformerModelWithLMHead
 from flash_reformer.training.data import Document, hold_out
 from flash_reformer.training.packing import PackedBlocks, pack
 from flash_reformer.training.sampling import generate_text

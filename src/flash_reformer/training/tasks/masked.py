@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from flash_reformer.models.modeling_heads import ReformerForMaskedLM
+from flash_reformer.models.modeling_language import ReformerForMaskedLM
 from flash_reformer.training.data import hold_out
 from flash_reformer.training.masking import MaskedBlocks, Masking, WordBlocks
 from flash_reformer.training.packing import IGNORED_LABEL, pack

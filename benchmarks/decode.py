@@ -1,0 +1,172 @@
+"""What does a token cost after a long context, here and in transformers' Reformer?
+
+Run ``python -m benchmarks.decode``. Both models have the same weights; at each context both read the same prompt and
+then take steps in turn, so that whatever disturbs the machine disturbs both. Prints a table and one JSON line last.
+
+A step of ours is first checked against the forward without a cache; nothing is reported if they disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.reformer import ReformerConfig as TheirConfig
+from transformers.models.reformer import ReformerModelWithLMHead as TheirModel
+
+from flash_reformer import ReformerConfig, ReformerModelWithLMHead
+
+CONTEXTS = (512, 4096, 16_384, 65_536, 262_144)
+BATCH, BATCH_CONTEXT = 8, 4096
+FIELDS: dict[str, Any] = {
+    "attn_layers": ["local", "lsh"] * 3,
+    "hidden_size": 256,
+    "num_attention_heads": 2,
+    "attention_head_size": 64,
+    "feed_forward_size": 512,
+    "local_attn_chunk_length": 64,
+    "lsh_attn_chunk_length": 64,
+    "num_buckets": [64, 128],
+    "num_hashes": 1,
+    "axial_pos_shape": (512, 1024),
+    "axial_pos_embds_dim": (64, 192),
+    "max_position_embeddings": 524_288,
+    "vocab_size": 320,
+    "is_decoder": True,
+}
+
+
+def check_parity() -> None:
+    """Refuse to go on unless cached steps equal the forward without a cache, where they must: one LSH layer."""
+    small = {**FIELDS, "attn_layers": ["local", "lsh"], "local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16}
+    torch.manual_seed(1)
+    model = ReformerModelWithLMHead(ReformerConfig(**{**small, "num_buckets": [4, 8], "hash_seed": 0})).double().eval()
+    ids = torch.randint(320, (2, 130))
+    with torch.no_grad():
+        cache = model(ids[:, :20], use_cache=True).past_buckets_states
+        for end in range(21, 131):
+            cached = model(ids[:, end - 1 : end], past_buckets_states=cache).logits[:, -1]
+            error = (cached - model(ids[:, :end], use_cache=False).logits[:, -1]).abs().max().item()
+            if not error < 1e-9:
+                raise SystemExit(f"parity is red: error {error:.3g} at {end} tokens; nothing is measured")
+
+
+class Decoder:
+    """A model, its prompt read, that takes one step at a time."""
+
+    def __init__(self, step: Callable[[Tensor, Any], Any], prompt: Tensor, first: dict[str, Any]) -> None:
+        self._step = step
+        start = time.perf_counter()
+        output = step(prompt, first)
+        self.prefill_s = time.perf_counter() - start
+        self.cache, self.token = output.past_buckets_states, output.logits[:, -1:].argmax(-1)
+        self.times: list[float] = []
+
+    def step(self, *, record: bool = True) -> None:
+        """Feed the likeliest token back."""
+        start = time.perf_counter()
+        output = self._step(self.token, {"past_buckets_states": self.cache})
+        self.token = output.logits[:, -1:].argmax(-1)
+        if record:
+            self.times.append(time.perf_counter() - start)
+        self.cache = output.past_buckets_states
+
+    @property
+    def step_ms(self) -> float:
+        """Mean, not median: growing and merging happen seldom, and they count."""
+        return 1e3 * statistics.fmean(self.times)
+
+
+def ours(model: Any, prompt: Tensor) -> Decoder:
+    """Return our decoder with its prompt read."""
+    return Decoder(lambda ids, more: model(ids, logits_to_keep=1, **more), prompt, {"use_cache": True})
+
+
+def theirs(model: Any, prompt: Tensor) -> Decoder:
+    """Return that of transformers, which prints as it goes."""
+
+    def step(ids: Tensor, more: dict[str, Any]) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return model(ids, **more)
+
+    return Decoder(step, prompt, {"use_cache": True})
+
+
+def race(our_model: Any, their_model: Any, context: int, steps: int, their_steps: int) -> dict[str, Any]:
+    """Measure both at one context."""
+    prompt = torch.randint(320, (1, context), generator=torch.Generator().manual_seed(context))
+    mine, other = ours(our_model, prompt), theirs(their_model, prompt)
+    for decoder in (mine, other):
+        decoder.step(record=False)
+    for turn in range(their_steps):
+        for _ in range(turn * steps // their_steps, (turn + 1) * steps // their_steps):
+            mine.step()
+        other.step()
+    return {
+        "context": context,
+        "prefill_s": round(mine.prefill_s, 3),
+        "theirs_prefill_s": round(other.prefill_s, 3),
+        "step_ms": round(mine.step_ms, 3),
+        "median_ms": round(1e3 * statistics.median(mine.times), 3),
+        "theirs_step_ms": round(other.step_ms, 3),
+        "faster": round(other.step_ms / mine.step_ms, 1),
+        "cache_mb": round(mine.cache.nbytes / 1e6, 1),
+    }
+
+
+def batches(model: Any, context: int, steps: int) -> dict[str, Any]:
+    """Measure one row against several, steps in turn."""
+    prompt = torch.randint(320, (BATCH, context), generator=torch.Generator().manual_seed(1))
+    one, many = ours(model, prompt[:1]), ours(model, prompt)
+    for decoder in (one, many):
+        decoder.step(record=False)
+    for _ in range(steps):
+        one.step()
+        many.step()
+    return {
+        "context": context,
+        "one_ms": round(one.step_ms, 3),
+        f"batch_{BATCH}_ms": round(many.step_ms, 3),
+        "ratio": round(many.step_ms / one.step_ms, 2),
+    }
+
+
+def main() -> None:
+    """Run the races and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS), help="tokens of the prompts")
+    parser.add_argument("--steps", type=int, default=300, help="tokens of ours to time at each")
+    arguments = parser.parse_args()
+    check_parity()
+    torch.manual_seed(0)
+    our_model = ReformerModelWithLMHead(ReformerConfig(**FIELDS)).eval()
+    their_model = TheirModel(TheirConfig(**FIELDS)).eval()
+    their_model.load_state_dict(our_model.state_dict())
+    rows = []
+    print(f"{'context':>8} {'prefill s':>10} {'theirs':>8} {'ms/token':>9} {'theirs':>9} {'faster':>7} {'cache MB':>9}")
+    with torch.no_grad():
+        for context in arguments.contexts:
+            row = race(our_model, their_model, context, arguments.steps, 20 if context < 2**16 else 4)
+            rows.append(row)
+            print(
+                f"{context:>8} {row['prefill_s']:>10.2f} {row['theirs_prefill_s']:>8.2f} {row['step_ms']:>9.2f} "
+                f"{row['theirs_step_ms']:>9.2f} {row['faster']:>6.1f}x {row['cache_mb']:>9.1f}",
+                flush=True,
+            )
+        batch = batches(our_model, BATCH_CONTEXT, arguments.steps)
+    flat = rows[-1]["step_ms"] / rows[0]["step_ms"]
+    print(f"{rows[-1]['context']} costs {flat:.2f} times {rows[0]['context']}")
+    print(f"batch {BATCH} costs {batch['ratio']} times batch 1 at {batch['context']}")
+    print(json.dumps({"rows": rows, "longest_over_shortest": round(flat, 2), "batch": batch}))
+
+
+if __name__ == "__main__":
+    main()

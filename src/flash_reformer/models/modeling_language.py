@@ -1,0 +1,204 @@
+"""The two language models: causal, which generates, and masked.
+
+Letters: B batch, T positions, E hidden size, V vocabulary. Losses are means in nats over the labels that count (-100
+does not), or sums divided by ``num_items_in_batch`` where Trainer gives it for gradient accumulation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.modeling_outputs import MaskedLMOutput
+
+from flash_reformer.functional import IGNORE_INDEX, cross_entropy_sum
+from flash_reformer.layers.head import ReformerOnlyLMHead
+from flash_reformer.models.configuration_reformer import ReformerConfig, check_consistency
+from flash_reformer.models.generation import CachedGeneration
+from flash_reformer.models.head_tools import extras, finish, mean_loss
+from flash_reformer.models.inputs import check_tensor, check_values
+from flash_reformer.models.modeling_reformer import ReformerModel, ReformerPreTrainedModel
+from flash_reformer.models.outputs import ReformerModelWithLMHeadOutput
+
+#: Positions whose logits exist at once when ``return_logits=False`` and ``chunk_size_lm_head`` is 0.
+LOSS_CHUNK = 1024
+
+
+def _check_token_labels(labels: Tensor, given: Tensor, config: ReformerConfig) -> None:
+    check_tensor("labels", labels, [tuple(given.shape[:2])], (torch.int64, torch.int32))
+    check_values("labels", labels, 0, config.vocab_size, also=IGNORE_INDEX)
+
+
+class _LanguageModel(ReformerPreTrainedModel):
+    """What the two language models share: their head."""
+
+    def __init__(self, config: ReformerConfig, *, decoder: bool) -> None:
+        check_consistency(config, decoder=decoder)
+        super().__init__(config)
+        self.reformer = ReformerModel(config)
+        self.lm_head = ReformerOnlyLMHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """Return the projection to the vocabulary."""
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the projection to the vocabulary, keeping as much of the bias as fits."""
+        self.lm_head.decoder = new_embeddings
+        old, size = self.lm_head.bias, new_embeddings.weight.shape[0]
+        if size != old.shape[0]:
+            bias = torch.zeros(size, dtype=old.dtype, device=old.device)
+            kept = min(size, old.shape[0])
+            bias[:kept] = old.detach()[:kept]
+            self.lm_head.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
+
+
+class ReformerModelWithLMHead(CachedGeneration, _LanguageModel, GenerationMixin):  # type: ignore[misc]
+    """A causal language model. ``config.is_decoder`` must be True."""
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__(config, decoder=True)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        num_hashes: int | None = None,
+        past_buckets_states: Any | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_logits: bool = True,
+        *,
+        num_items_in_batch: Tensor | int | None = None,
+        past_key_values: Any | None = None,
+        rows_alone: bool = False,
+    ) -> tuple[Any, ...] | ReformerModelWithLMHeadOutput:
+        """Predict the next token at every position.
+
+        Args:
+            labels: ``[B, T]`` token ids or -100. They are shifted inside: position i is judged by ``labels[i+1]``.
+            logits_to_keep: make logits of the last so many positions, or of the positions in this 1-d tensor; 0 for
+                all. Not together with ``labels``.
+            return_logits: False (with ``labels``) makes the loss and its gradient chunk by chunk: logits never
+                exist whole.
+            num_items_in_batch: divisor of the summed loss, in place of the number of labels that count.
+            past_key_values: the same as ``past_buckets_states``.
+            rows_alone: what ``generate`` asks for: compute each row on its unmasked tokens alone and return the
+                logits ``[B, 1, V]`` of its last one.
+
+        The other arguments are those of :class:`ReformerModel`.
+        """
+        if rows_alone:
+            batch = (input_ids, position_ids, attention_mask, inputs_embeds, num_hashes)
+            keep = logits_to_keep if isinstance(logits_to_keep, int) else 1
+            return finish(self._forward_rows_alone(past_key_values, *batch, keep), return_dict, self.config)
+        if labels is not None:
+            given = input_ids if input_ids is not None else inputs_embeds
+            if isinstance(given, Tensor) and given.dim() >= 2:
+                _check_token_labels(labels, given, self.config)
+            if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
+                raise ValueError("logits_to_keep must be 0 where labels are given: the loss needs every position")
+        elif not return_logits:
+            raise ValueError("return_logits=False needs labels: there would be nothing to return")
+        outputs = self.reformer(
+            input_ids,
+            attention_mask,
+            position_ids,
+            head_mask,
+            inputs_embeds,
+            num_hashes,
+            past_buckets_states,
+            # A loss is not the beginning of a text.
+            False if use_cache is None and labels is not None else use_cache,
+            output_hidden_states,
+            output_attentions,
+            return_dict=True,
+            past_key_values=past_key_values,
+        )
+        hidden_BTX = outputs.last_hidden_state
+        logits = self.lm_head(_keep_positions(hidden_BTX, logits_to_keep)) if return_logits else None
+        loss = None
+        if labels is not None:
+            targets = labels[:, 1:]
+            if logits is not None:
+                total = cross_entropy_sum(logits[:, :-1], targets)
+            else:
+                chunk = self.config.chunk_size_lm_head or LOSS_CHUNK
+                total = self.lm_head.loss_sum(hidden_BTX[:, :-1], targets, cross_entropy_sum, chunk)
+            loss = mean_loss(total, (targets != IGNORE_INDEX).sum(), num_items_in_batch)
+        cache = outputs.past_buckets_states
+        output = ReformerModelWithLMHeadOutput(loss, logits, cache, **extras(outputs))
+        return finish(output, return_dict, self.config)
+
+
+def _keep_positions(hidden_BTX: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.dim() != 1 or logits_to_keep.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"logits_to_keep must be a 1-d integer tensor or an integer; got {logits_to_keep!r}")
+        length = hidden_BTX.shape[1]
+        check_values("logits_to_keep", logits_to_keep, -length, length)
+        return hidden_BTX[:, logits_to_keep]
+    if not isinstance(logits_to_keep, int) or isinstance(logits_to_keep, bool):
+        raise TypeError(f"logits_to_keep must be an integer or a tensor; got {type(logits_to_keep).__name__}")
+    if logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep must be >= 0; got {logits_to_keep}")
+    return hidden_BTX[:, -logits_to_keep:] if logits_to_keep else hidden_BTX
+
+
+class ReformerForMaskedLM(_LanguageModel):
+    """A bidirectional language model for masked tokens. ``config.is_decoder`` must be False."""
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__(config, decoder=False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        num_hashes: int | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> tuple[Any, ...] | MaskedLMOutput:
+        """Predict the token at every position; ``labels`` ``[B, T]`` are token ids, or -100 where not judged.
+
+        The other arguments are those of :class:`ReformerModel` and :class:`ReformerModelWithLMHead`.
+        """
+        if labels is not None:
+            given = input_ids if input_ids is not None else inputs_embeds
+            if isinstance(given, Tensor) and given.dim() >= 2:
+                _check_token_labels(labels, given, self.config)
+        outputs = self.reformer(
+            input_ids,
+            attention_mask,
+            position_ids,
+            head_mask,
+            inputs_embeds,
+            num_hashes,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            total = cross_entropy_sum(logits, labels)
+            loss = mean_loss(total, (labels != IGNORE_INDEX).sum(), num_items_in_batch)
+        return finish(MaskedLMOutput(loss=loss, logits=logits, **extras(outputs)), return_dict, self.config)

@@ -1,0 +1,275 @@
+"""Decoding with a cache: the place of a new token in the sorted order, its window, and attention to what is cached.
+
+Each head and round keeps the positions of earlier tokens in *order* of (bucket, position). New tokens are not put into
+it one by one: the last few, the *recent* ones, stand beside it in order of arrival, and a slot is found in the union of
+both by arithmetic. So a step costs nothing that grows with the context; now and then the recent ones are merged in.
+
+Letters: B batch, H heads, R rounds, N positions in the order, T recent positions, M queries, D head size,
+C chunk length, W slots of a window, X keys of a query, K1 = K + 2 starts of K buckets. ``starts[k]`` counts the
+positions in the order with a bucket below ``k``. B may be 1 where all rows are of one length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_reformer.ops.attention import SELF_SCORE, softmax_dtype
+
+
+def bucket_starts(sorted_buckets_XN: Tensor, num_starts: int) -> Tensor:
+    """Return int32 ``[..., num_starts]``: how many of the sorted buckets are below 0, 1, 2, ...
+
+    >>> bucket_starts(torch.tensor([0, 0, 2]), 5).tolist()
+    [0, 2, 2, 3, 3]
+    """
+    bounds = torch.arange(num_starts, device=sorted_buckets_XN.device, dtype=sorted_buckets_XN.dtype)
+    bounds = bounds.expand(*sorted_buckets_XN.shape[:-1], -1)
+    return torch.searchsorted(sorted_buckets_XN.contiguous(), bounds.contiguous(), out_int32=True)
+
+
+def _place_recent(starts_BHRK: Tensor, recent_BHRT: Tensor, present_BHRMT: Tensor, arrivals_BHRT: Tensor) -> Tensor:
+    """Return slots ``[B, H, R, M, T]`` of recent tokens in order of (bucket, arrival), in their round.
+
+    Slots never fall along T, also where a token is not there yet: it gets the slot of the next one that is.
+    """
+    sorted_buckets = recent_BHRT.gather(-1, arrivals_BHRT).long()
+    ranks = starts_BHRK.gather(-1, sorted_buckets.add_(1)).unsqueeze(3)
+    return ranks + present_BHRMT.cumsum(-1) - present_BHRMT.long()
+
+
+def _window_slots(
+    own_slot_BHRM: Tensor,
+    first_slots_XRM: Tensor,
+    lengths_XM: Tensor,
+    padded_XM: Tensor,
+    *,
+    before: int,
+    chunk_length: int,
+    wrap_around: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the slots ``[B, H, R, M, W]`` in the windows of slots, and whether they hold a token that may be seen.
+
+    First as numbers through all rounds (round r owns the slots from ``r * padded`` on), then within their round.
+    """
+    R, device = own_slot_BHRM.shape[2], own_slot_BHRM.device
+    around = torch.arange(-before * chunk_length, chunk_length, device=device)
+    unwrapped = (own_slot_BHRM - own_slot_BHRM % chunk_length + first_slots_XRM).unsqueeze(-1) + around
+    padded_X11M1 = padded_XM[:, None, None, :, None]
+    numbers = unwrapped % (R * padded_X11M1)
+    slots = numbers % padded_X11M1 if R > 1 else numbers
+    visible = slots < lengths_XM[:, None, None, :, None]
+    return numbers, slots, visible if wrap_around else visible & (unwrapped >= first_slots_XRM.unsqueeze(-1))
+
+
+def _look_up(
+    order_BHRN: Tensor,
+    arrivals_BHRT: Tensor,
+    present_BHMY: Tensor | None,
+    keyed_BHMY: Tensor,
+    numbers_BHMX: Tensor,
+    slots_BHMX: Tensor,
+    num_recent_X1M1: Tensor,
+    lengths_X1M1: Tensor,
+    padded_X1M1: Tensor,
+) -> Tensor:
+    """Return the positions ``[B, H, M, X]`` that stand in slots of the union of order and recent tokens.
+
+    ``keyed`` are the recent tokens' slots numbered through all rounds, Y = R * T of them, as ``numbers`` are those
+    looked for. What is returned for an empty slot is some position or other.
+    """
+    R, N = order_BHRN.shape[2:]
+    found = torch.searchsorted(keyed_BHMY, numbers_BHMX, right=True)
+    entry = (found - 1).clamp_(min=0)
+    is_recent = keyed_BHMY.gather(-1, entry) == numbers_BHMX
+    if present_BHMY is not None:
+        is_recent &= present_BHMY.gather(-1, entry)
+        found = torch.nn.functional.pad(present_BHMY.cumsum(-1), (1, 0)).gather(-1, found)
+    # Recent tokens of earlier rounds are all among the found; those of the slot's own round push it back in the order.
+    place = slots_BHMX - found
+    if R > 1:
+        rounds = (numbers_BHMX - slots_BHMX) // padded_X1M1
+        place = rounds * N + (place + rounds * num_recent_X1M1).clamp_(0, N - 1)
+    else:
+        place = place.clamp_(0, N - 1)
+    arrived = arrivals_BHRT.flatten(2).unsqueeze(2).expand(keyed_BHMY.shape).gather(-1, entry)
+    in_order = order_BHRN.flatten(2).gather(-1, place.flatten(2)).view(place.shape)
+    return torch.where(is_recent, arrived + (lengths_X1M1 - num_recent_X1M1), in_order)
+
+
+def windows_of_new_tokens(
+    order_BHRN: Tensor,
+    starts_BHRK: Tensor,
+    recent_BHRT: Tensor,
+    num_recent_XM: Tensor,
+    lengths_XM: Tensor,
+    padded_XM: Tensor,
+    *,
+    complete: bool,
+    chunk_length: int,
+    num_chunks_before: int,
+    wrap_around: bool,
+    attend_across_buckets: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return positions ``[B, H, M, R*W]`` that each query's windows hold, and which of them it may look at.
+
+    Query m is the last of ``lengths[m]`` tokens, laid out on rounds of ``padded[m]`` slots; the last ``num_recent[m]``
+    of them are recent, and ``recent`` holds their buckets. ``complete`` says that all T are, in every row and for every
+    query: then most of the bookkeeping falls away. A query itself and empty slots are not visible; position 0 is
+    returned for them.
+    """
+    R, T = recent_BHRT.shape[2:]
+    device = recent_BHRT.device
+    sorted_buckets, arrivals = torch.sort(recent_BHRT, dim=-1, stable=True)
+    newest_X11M1 = (num_recent_XM - 1)[:, None, None, :, None]
+    present = None
+    if complete:
+        slots = (starts_BHRK.gather(-1, sorted_buckets.long().add_(1)) + torch.arange(T, device=device)).unsqueeze(3)
+    else:
+        present = arrivals.unsqueeze(3) <= newest_X11M1
+        slots = _place_recent(starts_BHRK, recent_BHRT, present, arrivals)
+    own_slot_BHRM = torch.where(arrivals.unsqueeze(3) == newest_X11M1, slots, 0).amax(-1)
+    first_slots_XRM = torch.arange(R, device=device).view(1, 1, R, 1) * padded_XM[:, None, None]
+    numbers, window_slots, visible = _window_slots(
+        own_slot_BHRM,
+        first_slots_XRM,
+        lengths_XM,
+        padded_XM,
+        before=num_chunks_before,
+        chunk_length=chunk_length,
+        wrap_around=wrap_around,
+    )
+    if not attend_across_buckets:
+        bucket = recent_BHRT.gather(-1, newest_X11M1.squeeze(-1).expand(*own_slot_BHRM.shape)).unsqueeze(-1)
+        below = (recent_BHRT.unsqueeze(3) < bucket) & (torch.arange(T, device=device) <= newest_X11M1)
+        first_slot = starts_BHRK.gather(-1, bucket.squeeze(-1).long()) + below.sum(-1)
+        visible &= (window_slots >= first_slot.unsqueeze(-1)) & (window_slots <= own_slot_BHRM.unsqueeze(-1))
+        visible &= numbers - window_slots == first_slots_XRM.unsqueeze(-1)
+    by_query = (slots + first_slots_XRM.unsqueeze(-1), numbers, window_slots, visible)
+    keyed, numbers, window_slots, visible = (x.transpose(2, 3).flatten(3) for x in by_query)
+    there = None if present is None else present.transpose(2, 3).flatten(3)
+    facts = (x[:, None, :, None] for x in (num_recent_XM, lengths_XM, padded_XM))
+    positions = _look_up(order_BHRN, arrivals, there, keyed, numbers, window_slots, *facts)
+    visible &= positions != lengths_XM[:, None, :, None] - 1
+    return positions * visible, visible
+
+
+def merge_recent(
+    order_BHRN: Tensor, starts_BHRK: Tensor, recent_BHRT: Tensor, first_B: Tensor, num_recent_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return order ``[B, H, R, N+T]`` and starts with each row's recent positions merged in: O(N), without a sort."""
+    B, H, R, T = recent_BHRT.shape
+    N, K1 = order_BHRN.shape[-1], starts_BHRK.shape[-1]
+    arrivals = torch.sort(recent_BHRT, dim=-1, stable=True).indices
+    present = (arrivals < num_recent_B.view(-1, 1, 1, 1)).unsqueeze(3)
+    slots = _place_recent(starts_BHRK, recent_BHRT, present, arrivals)
+    # Who does not count goes to a slot past the end.
+    slots = torch.where(present, slots, N + T).squeeze(3)
+    taken = torch.zeros(B, H, R, N + T + 1, dtype=torch.int32, device=order_BHRN.device)
+    taken.scatter_(-1, slots, 1)
+    ranks = torch.arange(N + T + 1, dtype=torch.int32, device=order_BHRN.device) - taken.cumsum(-1, dtype=torch.int32)
+    merged = order_BHRN.gather(-1, ranks.clamp_(0, N - 1).long())
+    merged.scatter_(-1, slots, (arrivals + first_B.view(-1, 1, 1, 1)).to(merged.dtype))
+    counted = torch.arange(T, device=order_BHRN.device) < num_recent_B.view(-1, 1, 1, 1)
+    added = torch.zeros(B, H, R, K1 + 1, dtype=torch.int32, device=order_BHRN.device)
+    # One place further: a start counts the buckets below it.
+    added.scatter_add_(-1, recent_BHRT.long() + 1, counted.int().expand(recent_BHRT.shape))
+    return merged[..., : N + T], starts_BHRK + added.cumsum(-1, dtype=torch.int32)[..., :K1]
+
+
+def drop_positions(order_BHRN: Tensor, starts_BHRK: Tensor, lengths_B: Tensor, kept_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return order and starts without the positions from ``kept`` on; of each row the first ``lengths`` count."""
+    N = order_BHRN.shape[-1]
+    stays = (order_BHRN < kept_B.view(-1, 1, 1, 1)) & (
+        torch.arange(N, device=order_BHRN.device) < lengths_B.view(-1, 1, 1, 1)
+    )
+    ranks = stays.cumsum(-1)
+    places = torch.where(stays, ranks - 1, N)
+    kept = order_BHRN.new_zeros(*order_BHRN.shape[:-1], N + 1).scatter_(-1, places, order_BHRN)
+    counted = torch.nn.functional.pad(ranks, (1, 0))
+    return kept[..., :N], counted.gather(-1, starts_BHRK.long()).to(starts_BHRK.dtype)
+
+
+def window_bias(
+    key_positions_XU: Tensor,
+    lengths_XM: Tensor,
+    padded_XM: Tensor,
+    *,
+    chunk_length: int,
+    num_chunks_before: int,
+    wrap_around: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return what local attention adds to the scores ``[B, M, U]`` of each query with the keys at these positions.
+
+    The logarithm of how often a key's chunk stands in the window of the query's, on a ring of ``padded / C`` chunks;
+    minus infinity where never, and for later keys. Query m is the last of ``lengths[m]`` tokens.
+    """
+    C = chunk_length
+    ring = (padded_XM // C).unsqueeze(-1)
+    ahead = (key_positions_XU // C).unsqueeze(1) - ((lengths_XM - 1) // C).unsqueeze(-1)
+    if wrap_around:
+        # Offsets o in [-before, 0] with o = ahead modulo the ring.
+        times = (-ahead).div(ring, rounding_mode="floor")
+        times = times + (num_chunks_before + ahead).div(ring, rounding_mode="floor") + 1
+    else:
+        times = ((ahead <= 0) & (ahead >= -num_chunks_before)).long()
+    times = times.masked_fill(key_positions_XU.unsqueeze(1) >= lengths_XM.unsqueeze(-1), 0)
+    return times.clamp(min=0).to(dtype).log()
+
+
+def exact_bias(key_positions_XU: Tensor, lengths_XM: Tensor, *, exclude_self: bool, dtype: torch.dtype) -> Tensor:
+    """Return what exact causal attention adds to scores ``[B, M, U]``; a query is the last of ``lengths`` tokens."""
+    last = (lengths_XM - 1).unsqueeze(-1)
+    keys = key_positions_XU.unsqueeze(1)
+    bias = torch.zeros(torch.broadcast_shapes(last.shape, keys.shape), dtype=dtype, device=keys.device)
+    bias = bias.masked_fill(keys > last, -torch.inf)
+    return bias.masked_fill(keys == last, SELF_SCORE) if exclude_self else bias
+
+
+def attend_with_bias(
+    query_BMHD: Tensor, key_BHUD: Tensor, value_BHUD: Tensor, bias_XMU: Tensor, head_mask_H: Tensor | None = None
+) -> Tensor:
+    """Return ``[B, M, H, D]``: attention of the queries to keys that they share, in at least fp32 inside."""
+    scores_BHMU = torch.matmul(query_BMHD.transpose(1, 2), key_BHUD.transpose(-1, -2))
+    probs = torch.softmax(scores_BHMU.to(softmax_dtype(scores_BHMU.dtype)) + bias_XMU.unsqueeze(1), dim=-1)
+    return _weigh(probs.to(value_BHUD.dtype), value_BHUD, head_mask_H).transpose(1, 2)
+
+
+def attend_to_windows(
+    query_BMHD: Tensor,
+    key_BHMXD: Tensor,
+    value_BHMXD: Tensor,
+    visible_BHMX: Tensor,
+    head_mask_H: Tensor | None = None,
+) -> Tensor:
+    """Return ``[B, M, H, D]``: attention of each query to keys of its own and, where it sees none of them, to itself.
+
+    The last key is the query's own. The softmax over all rounds' windows at once is the softmax within rounds merged
+    by their log-sum-exps. A query that sees only itself returns its value as it is.
+    """
+    scores_BHM1X = torch.matmul(query_BMHD.transpose(1, 2).unsqueeze(3), key_BHMXD.transpose(-1, -2))
+    scores_BHM1X = scores_BHM1X.to(softmax_dtype(scores_BHM1X.dtype))
+    hidden = scores_BHM1X.new_full(visible_BHMX.shape[-1:], -torch.inf)
+    hidden[-1] = SELF_SCORE
+    probs_BHM1X = torch.softmax(torch.where(visible_BHMX.unsqueeze(3), scores_BHM1X, hidden), dim=-1)
+    out_BHMD = torch.matmul(probs_BHM1X.to(value_BHMXD.dtype), value_BHMXD).squeeze(3)
+    if head_mask_H is not None:
+        out_BHMD = out_BHMD * head_mask_H.to(out_BHMD.dtype).view(-1, 1, 1)
+    return out_BHMD.transpose(1, 2)
+
+
+def _weigh(probs_BHMU: Tensor, value_BHUD: Tensor, head_mask_H: Tensor | None) -> Tensor:
+    out_BHMD = torch.matmul(probs_BHMU, value_BHUD)
+    return out_BHMD if head_mask_H is None else out_BHMD * head_mask_H.to(out_BHMD.dtype).view(-1, 1, 1)
+
+
+def without_repeats(positions_BHMX: Tensor, visible_BHMX: Tensor) -> tuple[Tensor, Tensor]:
+    """Return positions and visibility, reordered, with every position visible once at most.
+
+    What ``allow_duplicate_attention=False`` asks for: dividing a key's weight among its appearances is the same.
+    """
+    marked, _ = torch.sort(positions_BHMX.masked_fill(~visible_BHMX, -1), dim=-1)
+    visible = marked >= 0
+    visible[..., 1:] &= marked[..., 1:] != marked[..., :-1]
+    return marked.masked_fill(~visible, 0), visible
