@@ -20,6 +20,13 @@ from torch import Tensor
 LEAST_CAPACITY = 64
 
 
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Keep what is made inside free of graphs, and of inference mode, outside which it could not be written to."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def capacity_for(needed: int) -> int:
     """Return for how many positions room is made when ``needed`` do not fit."""
     return needed + max(LEAST_CAPACITY, needed // 4)
@@ -32,16 +39,10 @@ def grow(storage: Tensor, needed: int, dim: int) -> Tensor:
         return storage
     shape = list(storage.shape)
     shape[dim] = capacity_for(needed)
-    grown = storage.new_zeros(shape)
-    grown.narrow(dim, 0, have).copy_(storage)
+    with ordinary_tensors():
+        grown = storage.new_zeros(shape)
+        grown.narrow(dim, 0, have).copy_(storage)
     return grown
-
-
-@contextlib.contextmanager
-def ordinary_tensors() -> Iterator[None]:
-    """Keep what is made inside free of graphs and of inference mode, outside which it could not be written to."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class KeyValues:
         """Make the storage, in dtype and on the device of ``like``, unless it is there."""
         if self.storage is None:
             H, D = like_BTHD.shape[-2:]
-            self.storage = like_BTHD.new_zeros(batch_size, H, capacity, 2 * D)
+            with ordinary_tensors():
+                self.storage = like_BTHD.new_zeros(batch_size, H, capacity, 2 * D)
         return self.storage
 
     @property

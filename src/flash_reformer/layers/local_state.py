@@ -62,6 +62,9 @@ class LocalState(KeyValues):
         if old is not None and max(ends) <= old.shape[2]:
             return old
         base = [self._keep_from(row, length) for row, length in enumerate(lengths)]
+        if old is not None:
+            # After a crop less is there than one would keep, though no less than the window.
+            base = [max(pair) for pair in zip(base, self.base, strict=True)]
         needed = max(length + new - start for length, start in zip(lengths, base, strict=True))
         window = 0 if self.chunk_length is None else (self.num_chunks_before + 2) * self.chunk_length
         self.storage = None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flash_reformer import functional
 from flash_reformer.layers.decode_step import Factors, Span, Step
-from flash_reformer.layers.decode_storage import Fill, KeyValues, capacity_for, grow, write
+from flash_reformer.layers.decode_storage import Fill, KeyValues, capacity_for, grow, ordinary_tensors, write
 
 #: Bounds on how many recent positions may stand beside an order before they are merged into it.
 _FEWEST_RECENT, _MOST_RECENT = 32, 1024
@@ -58,14 +58,17 @@ class LSHState(KeyValues):
         width = 2 + max(math.prod(f) for f in factors)
         if self.buckets is None or self.order is None or self.starts is None:
             shape = (B, H, num_hashes, self.storage.shape[2])
-            self.buckets = torch.zeros(shape, dtype=dtype, device=device)
-            self.order = torch.zeros(shape, dtype=torch.int32, device=device)
-            self.starts = torch.zeros((B, H, num_hashes, width), dtype=torch.int32, device=device)
-        self.buckets = grow(self.buckets.to(torch.promote_types(self.buckets.dtype, dtype)), needed, 3)
-        self.order = grow(self.order, needed, 3)
-        if width > self.starts.shape[-1]:
-            wider = self.starts[..., -1:].expand(-1, -1, -1, width - self.starts.shape[-1])
-            self.starts = torch.cat([self.starts, wider], dim=-1)
+            with ordinary_tensors():
+                self.buckets = torch.zeros(shape, dtype=dtype, device=device)
+                self.order = torch.zeros(shape, dtype=torch.int32, device=device)
+                self.starts = torch.zeros((B, H, num_hashes, width), dtype=torch.int32, device=device)
+        if needed > self.order.shape[-1]:
+            self.buckets, self.order = grow(self.buckets, needed, 3), grow(self.order, needed, 3)
+        if dtype.itemsize > self.buckets.dtype.itemsize or width > self.starts.shape[-1]:
+            with ordinary_tensors():
+                self.buckets = self.buckets.to(torch.promote_types(self.buckets.dtype, dtype))
+                wider = self.starts[..., -1:].expand(-1, -1, -1, max(0, width - self.starts.shape[-1]))
+                self.starts = torch.cat([self.starts, wider], dim=-1)
 
     def rotations_for(self, factors: Factors, step: Step, like_BTHD: Tensor) -> Tensor:
         """Return the rotations of this layer for a bucket count: the same as long as the cache lives."""
@@ -125,7 +128,9 @@ class LSHState(KeyValues):
         kept = torch.tensor(lengths, device=self.order.device)
         counted = torch.tensor(self.indexed, device=self.order.device)
         N = max(self.indexed)
-        self.order[..., :N], self.starts = functional.drop_positions(self.order[..., :N], self.starts, counted, kept)
+        left, starts = functional.drop_positions(self.order[..., :N], self.starts, counted, kept)
+        self.order[..., :N] = left
+        self.starts[:] = starts
         self.indexed = [min(pair) for pair in zip(self.indexed, lengths, strict=True)]
 
     def append(self, key_BTHD: Tensor, value_BTHD: Tensor, step: Step) -> None:
@@ -178,7 +183,7 @@ class LSHState(KeyValues):
         assert self.starts is not None
         first = [self.indexed[row] for row in rows]
         recent = [step.lengths[row] + stop - f for row, f in zip(rows, first, strict=True)]
-        order, starts, buckets = self.order[..., : max(1, *first, 1)], self.starts, self.buckets
+        order, starts, buckets = self.order, self.starts, self.buckets
         if span.rows is not None:
             index = torch.tensor(rows, device=order.device)
             order, starts, buckets = (x.index_select(0, index) for x in (order, starts, buckets))

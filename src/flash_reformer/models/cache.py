@@ -137,7 +137,7 @@ class ReformerCache(Cache):
             self._check_layout(config)
         if self.columns == 0:
             return
-        if owner is not None and owner is not model:
+        if self._model is not None and owner is not model:
             raise ValueError("past_key_values was filled by another model; a cache serves the model that filled it")
         if self.context is not None and self.context != context:
             raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flash_reformer.layers.call import Call
 from flash_reformer.layers.decode_step import Factors, Step
-from flash_reformer.layers.decode_storage import Fill, ordinary_tensors
+from flash_reformer.layers.decode_storage import Fill
 from flash_reformer.models import inputs as door
 from flash_reformer.models.cache import ReformerCache
 
@@ -57,11 +57,12 @@ class Compact:
         return out
 
     def last(self, x_BTX: Tensor) -> Tensor:
-        """Return ``[B, 1, ...]``: what stands at each row's last token, of compact ``x``."""
-        if len(set(self.counts)) == 1:
-            return x_BTX[:, self.counts[0] - 1 : self.counts[0]]
-        rows = torch.arange(len(self.counts), device=x_BTX.device)
-        return x_BTX[rows, torch.tensor(self.counts, device=x_BTX.device) - 1].unsqueeze(1)
+        """Return ``[B, 1, ...]``: what stands at each row's last token, of compact ``x``; anything if it has none."""
+        ends = [max(count, 1) for count in self.counts]
+        if len(set(ends)) == 1:
+            return x_BTX[:, ends[0] - 1 : ends[0]]
+        rows = torch.arange(len(ends), device=x_BTX.device)
+        return x_BTX[rows, torch.tensor(ends, device=x_BTX.device) - 1].unsqueeze(1)
 
 
 class CachedForwards:
@@ -134,9 +135,10 @@ class CachedForwards:
     def finish_filling(self: Any, cache: ReformerCache, inputs: door.Inputs, compact: Compact) -> None:
         """Count what a plain forward has put into the cache."""
         offsets = [0] * inputs.batch_size
-        if inputs.position_ids is not None:
-            last = Compact([max(n, 1) for n in compact.counts], None)
-            ends = last.last(compact.take(inputs.position_ids).expand(inputs.batch_size, -1)).flatten().tolist()
+        if inputs.position_ids is not None or compact.places is not None:
+            # A plain forward counts pads, too: a row goes on after the position of its last token.
+            given = door.positions(inputs, inputs.length, self.config.max_length_of_positions)
+            ends = compact.last(compact.take(given).expand(inputs.batch_size, -1)).flatten().tolist()
             offsets = [end + 1 - n if n else 0 for end, n in zip(ends, compact.counts, strict=True)]
         cache.commit(compact.counts, None if compact.places is None else inputs.mask_BT, inputs.length, offsets)
 
@@ -188,9 +190,11 @@ class CachedForwards:
             given.device,
         )
         embeds_BTE = self._embed_at(given, positions_XT)
-        with ordinary_tensors():
+        # A step is hundreds of small operations, and inference mode makes each of them cheaper. What is kept is made
+        # by ``ordinary_tensors``, and so is what is returned.
+        with torch.inference_mode():
             hidden_BTX, states = self.encoder.decode(embeds_BTE, step, cache.states, head_masks, output_hidden_states)
-        return hidden_BTX, states, offsets
+        return hidden_BTX.clone(), [state.clone() for state in states], offsets
 
     def _positions_of(
         self: Any, cache: ReformerCache, inputs: door.Inputs, compact: Compact, new: int
@@ -300,7 +304,7 @@ class CachedForwards:
                 None if positions is None else part.take(positions),
             )
             hidden, _, offsets = self._step(cache, taken, Compact(counts, None), None, head_masks)
-            newest = Compact([max(n, 1) for n in counts], None).last(hidden)
+            newest = Compact(counts, None).last(hidden)
             if last is None:
                 last = newest
             else:
@@ -321,6 +325,8 @@ class CachedForwards:
         if num_hashes is not None and num_hashes != cache.num_hashes:
             raise ValueError(f"num_hashes must be None or that of the cache, {cache.num_hashes}; got {num_hashes}")
         none = [0] * inputs.batch_size
+        # All of it, before the first piece changes anything.
+        self._positions_of(cache, inputs, compact, 1)
         with cache.extending():
             last = self._steps_after(cache, inputs, compact, none, chunk_size, None)
             cache.commit(none, None if compact.places is None else inputs.mask_BT, inputs.length, cache.offsets)

@@ -79,7 +79,7 @@ def _look_up(
     looked for. What is returned for an empty slot is some position or other.
     """
     R, N = order_BHRN.shape[2:]
-    found = torch.searchsorted(keyed_BHMY, numbers_BHMX, right=True)
+    found = torch.searchsorted(keyed_BHMY.contiguous(), numbers_BHMX.contiguous(), right=True)
     entry = (found - 1).clamp_(min=0)
     is_recent = keyed_BHMY.gather(-1, entry) == numbers_BHMX
     if present_BHMY is not None:

@@ -93,16 +93,17 @@ def hash_vectors(
     >>> hash_vectors(x, torch.eye(2).view(1, 2, 1, 2), [4]).tolist()  # axes +x, +y, -x, -y
     [[[[0, 3]]]]
     """
-    vectors_BHTD = vectors_BTHD.detach().transpose(1, 2)
-    rotated_BHRTM = torch.einsum("bhtd,hdrm->bhrtm", vectors_BHTD, rotations_HDRM)
+    rotated_BHTY = torch.matmul(vectors_BTHD.detach().transpose(1, 2), rotations_HDRM.flatten(2))
+    rotated_BHTRM = rotated_BHTY.unflatten(-1, rotations_HDRM.shape[2:])
     widths = [factor // 2 for factor in bucket_factors]
-    buckets_BHRT: Tensor | None = None
+    buckets_BHTR: Tensor | None = None
     stride = 1
-    for factor, rotated in zip(bucket_factors, rotated_BHRTM.split(widths, dim=-1), strict=True):
+    for factor, rotated in zip(bucket_factors, rotated_BHTRM.split(widths, dim=-1), strict=True):
         digit = torch.cat([rotated, -rotated], dim=-1).argmax(dim=-1)
-        buckets_BHRT = digit if buckets_BHRT is None else buckets_BHRT + stride * digit
+        buckets_BHTR = digit if buckets_BHTR is None else buckets_BHTR + stride * digit
         stride *= factor
-    assert buckets_BHRT is not None
+    assert buckets_BHTR is not None
+    buckets_BHRT = buckets_BHTR.transpose(2, 3)
     if mask_BT is not None:
         buckets_BHRT = buckets_BHRT.masked_fill(~mask_BT[:, None, None, :], stride)
-    return buckets_BHRT.to(bucket_dtype(bucket_factors))
+    return buckets_BHRT.to(bucket_dtype(bucket_factors), memory_format=torch.contiguous_format)
