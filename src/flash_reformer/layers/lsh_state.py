@@ -195,10 +195,9 @@ class LSHState(KeyValues):
             places = torch.tensor(first, device=order.device).view(-1, 1, 1, 1)
             places = places + torch.arange(max(recent), device=order.device)
             recent_BHRT = buckets.gather(-1, places.clamp(max=buckets.shape[-1] - 1).expand(*buckets.shape[:3], -1))
-        shared = len(set(recent)) == 1
-        ends = torch.tensor(recent[:1] if shared else recent, device=order.device).unsqueeze(-1)
-        num_recent_XM = ends - torch.arange(stop - start - 1, -1, -1, device=order.device)
-        complete = shared and stop - start == 1
+        same = len(set(first)) == 1
+        num_recent_XM = lengths_XM - (first[0] if same else torch.tensor(first, device=order.device).unsqueeze(-1))
+        complete = stop - start == 1 and len(set(recent)) == 1
         return functional.windows_of_new_tokens(
             order, starts, recent_BHRT, num_recent_XM, lengths_XM, padded_XM, complete=complete, **options
         )

@@ -40,9 +40,9 @@ def _place_recent(starts_BHRK: Tensor, recent_BHRT: Tensor, present_BHRMT: Tenso
 
 def _window_slots(
     own_slot_BHRM: Tensor,
-    first_slots_XRM: Tensor,
-    lengths_XM: Tensor,
-    padded_XM: Tensor,
+    first_slots_XRM: Tensor | None,
+    lengths_X11M1: Tensor,
+    padded_X11M1: Tensor,
     *,
     before: int,
     chunk_length: int,
@@ -50,16 +50,23 @@ def _window_slots(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the slots ``[B, H, R, M, W]`` in the windows of slots, and whether they hold a token that may be seen.
 
-    First as numbers through all rounds (round r owns the slots from ``r * padded`` on), then within their round.
+    First as numbers through all rounds (round r owns the slots from its first on; None with one round), then within
+    their round.
     """
-    R, device = own_slot_BHRM.shape[2], own_slot_BHRM.device
-    around = torch.arange(-before * chunk_length, chunk_length, device=device)
-    unwrapped = (own_slot_BHRM - own_slot_BHRM % chunk_length + first_slots_XRM).unsqueeze(-1) + around
-    padded_X11M1 = padded_XM[:, None, None, :, None]
-    numbers = unwrapped % (R * padded_X11M1)
-    slots = numbers % padded_X11M1 if R > 1 else numbers
-    visible = slots < lengths_XM[:, None, None, :, None]
-    return numbers, slots, visible if wrap_around else visible & (unwrapped >= first_slots_XRM.unsqueeze(-1))
+    start = own_slot_BHRM - own_slot_BHRM % chunk_length
+    if first_slots_XRM is not None:
+        start = start + first_slots_XRM
+    around = torch.arange(-before * chunk_length, chunk_length, device=start.device)
+    unwrapped = start.unsqueeze(-1) + around
+    if first_slots_XRM is None:
+        numbers = slots = unwrapped % padded_X11M1
+    else:
+        numbers = unwrapped % (own_slot_BHRM.shape[2] * padded_X11M1)
+        slots = numbers % padded_X11M1
+    visible = slots < lengths_X11M1
+    if not wrap_around:
+        visible &= unwrapped >= (0 if first_slots_XRM is None else first_slots_XRM.unsqueeze(-1))
+    return numbers, slots, visible
 
 
 def _look_up(
@@ -119,9 +126,11 @@ def windows_of_new_tokens(
     returned for them.
     """
     R, T = recent_BHRT.shape[2:]
-    device = recent_BHRT.device
+    M, device = lengths_XM.shape[1], recent_BHRT.device
     sorted_buckets, arrivals = torch.sort(recent_BHRT, dim=-1, stable=True)
-    newest_X11M1 = (num_recent_XM - 1)[:, None, None, :, None]
+    newest_X11M1, lengths_X11M1, padded_X11M1 = (
+        x.view(-1, 1, 1, M, 1) for x in (num_recent_XM - 1, lengths_XM, padded_XM)
+    )
     present = None
     if complete:
         slots = (starts_BHRK.gather(-1, sorted_buckets.long().add_(1)) + torch.arange(T, device=device)).unsqueeze(3)
@@ -129,29 +138,45 @@ def windows_of_new_tokens(
         present = arrivals.unsqueeze(3) <= newest_X11M1
         slots = _place_recent(starts_BHRK, recent_BHRT, present, arrivals)
     own_slot_BHRM = torch.where(arrivals.unsqueeze(3) == newest_X11M1, slots, 0).amax(-1)
-    first_slots_XRM = torch.arange(R, device=device).view(1, 1, R, 1) * padded_XM[:, None, None]
+    first_slots_XRM = None
+    keyed = slots
+    if R > 1:
+        first_slots_XRM = torch.arange(R, device=device).view(1, 1, R, 1) * padded_X11M1.squeeze(-1)
+        keyed = slots + first_slots_XRM.unsqueeze(-1)
     numbers, window_slots, visible = _window_slots(
         own_slot_BHRM,
         first_slots_XRM,
-        lengths_XM,
-        padded_XM,
+        lengths_X11M1,
+        padded_X11M1,
         before=num_chunks_before,
         chunk_length=chunk_length,
         wrap_around=wrap_around,
     )
     if not attend_across_buckets:
-        bucket = recent_BHRT.gather(-1, newest_X11M1.squeeze(-1).expand(*own_slot_BHRM.shape)).unsqueeze(-1)
-        below = (recent_BHRT.unsqueeze(3) < bucket) & (torch.arange(T, device=device) <= newest_X11M1)
-        first_slot = starts_BHRK.gather(-1, bucket.squeeze(-1).long()) + below.sum(-1)
-        visible &= (window_slots >= first_slot.unsqueeze(-1)) & (window_slots <= own_slot_BHRM.unsqueeze(-1))
-        visible &= numbers - window_slots == first_slots_XRM.unsqueeze(-1)
-    by_query = (slots + first_slots_XRM.unsqueeze(-1), numbers, window_slots, visible)
-    keyed, numbers, window_slots, visible = (x.transpose(2, 3).flatten(3) for x in by_query)
-    there = None if present is None else present.transpose(2, 3).flatten(3)
-    facts = (x[:, None, :, None] for x in (num_recent_XM, lengths_XM, padded_XM))
+        bucket_start = _start_of_own_bucket(starts_BHRK, recent_BHRT, newest_X11M1)
+        visible &= (window_slots >= bucket_start) & (window_slots <= own_slot_BHRM.unsqueeze(-1))
+        if first_slots_XRM is not None:
+            visible &= numbers - window_slots == first_slots_XRM.unsqueeze(-1)
+    keyed, numbers, window_slots, visible = map(_by_query, (keyed, numbers, window_slots, visible))
+    there = None if present is None else _by_query(present)
+    facts = (x.view(-1, 1, M, 1) for x in (num_recent_XM, lengths_XM, padded_XM))
     positions = _look_up(order_BHRN, arrivals, there, keyed, numbers, window_slots, *facts)
-    visible &= positions != lengths_XM[:, None, :, None] - 1
+    visible &= positions != (lengths_XM - 1).view(-1, 1, M, 1)
     return positions * visible, visible
+
+
+def _start_of_own_bucket(starts_BHRK: Tensor, recent_BHRT: Tensor, newest_X11M1: Tensor) -> Tensor:
+    """Return the first slot ``[B, H, R, M, 1]`` of each query's bucket; it itself stands in the last."""
+    newest = newest_X11M1.squeeze(-1).expand(*recent_BHRT.shape[:3], -1)
+    bucket = recent_BHRT.gather(-1, newest).unsqueeze(-1)
+    arrived = torch.arange(recent_BHRT.shape[-1], device=recent_BHRT.device) <= newest_X11M1
+    below = (recent_BHRT.unsqueeze(3) < bucket) & arrived
+    return (starts_BHRK.gather(-1, bucket.squeeze(-1).long()) + below.sum(-1)).unsqueeze(-1)
+
+
+def _by_query(x_BHRMX: Tensor) -> Tensor:
+    """Return ``[B, H, M, R*X]``."""
+    return x_BHRMX.squeeze(2) if x_BHRMX.shape[2] == 1 else x_BHRMX.transpose(2, 3).flatten(3)
 
 
 def merge_recent(
