@@ -13,6 +13,8 @@ import contextlib
 import io
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,10 +24,12 @@ from torch import Tensor
 from transformers.models.reformer import ReformerConfig as TheirConfig
 from transformers.models.reformer import ReformerModelWithLMHead as TheirModel
 
+from benchmarks.depth_memory import peak_rss
 from flash_reformer import ReformerConfig, ReformerModelWithLMHead
 
 CONTEXTS = (512, 4096, 16_384, 65_536, 262_144)
 BATCH, BATCH_CONTEXT = 8, 4096
+PREFILL_CONTEXT, PREFILL_CHUNKS = 65_536, (None, 4096)
 FIELDS: dict[str, Any] = {
     "attn_layers": ["local", "lsh"] * 3,
     "hidden_size": 256,
@@ -139,12 +143,48 @@ def batches(model: Any, context: int, steps: int) -> dict[str, Any]:
     }
 
 
+def prefill(context: int, chunk_size: int | None) -> dict[str, Any]:
+    """Read a prompt through ``generate`` in this process and return what it took."""
+    torch.manual_seed(0)
+    model = ReformerModelWithLMHead(ReformerConfig(**FIELDS)).eval()
+    prompt = torch.randint(320, (1, context), generator=torch.Generator().manual_seed(context))
+    before, start = peak_rss(), time.perf_counter()
+    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 1, "prefill_chunk_size": chunk_size}
+    output = model.generate(prompt, return_dict_in_generate=True, **options)
+    return {
+        "context": context,
+        "prefill_chunk_size": chunk_size,
+        "seconds": round(time.perf_counter() - start, 2),
+        "peak_mb": round((peak_rss() - before) / 1e6),
+        "cache_mb": round(output.past_key_values.nbytes / 1e6),
+    }
+
+
+def prefills() -> list[dict[str, Any]]:
+    """Read a long prompt at once and in chunks, each in a fresh process, and print what it takes."""
+    rows = []
+    for chunk_size in PREFILL_CHUNKS:
+        command = [sys.executable, "-m", "benchmarks.decode", "--prefill", str(PREFILL_CONTEXT), str(chunk_size or 0)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        how = "at once" if chunk_size is None else f"by {chunk_size}"
+        print(f"{PREFILL_CONTEXT} tokens {how}: {rows[-1]['seconds']} s, peak {rows[-1]['peak_mb']} MB", flush=True)
+    return rows
+
+
 def main() -> None:
     """Run the races and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS), help="tokens of the prompts")
     parser.add_argument("--steps", type=int, default=300, help="tokens of ours to time at each")
+    parser.add_argument(
+        "--prefill", type=int, nargs=2, help="one prefill: tokens, and how many at a time (0: all)"
+    )
     arguments = parser.parse_args()
+    if arguments.prefill:
+        context, chunk_size = arguments.prefill
+        print(json.dumps(prefill(context, chunk_size or None)))
+        return
     check_parity()
     torch.manual_seed(0)
     our_model = ReformerModelWithLMHead(ReformerConfig(**FIELDS)).eval()
@@ -165,7 +205,8 @@ def main() -> None:
     flat = rows[-1]["step_ms"] / rows[0]["step_ms"]
     print(f"{rows[-1]['context']} costs {flat:.2f} times {rows[0]['context']}")
     print(f"batch {BATCH} costs {batch['ratio']} times batch 1 at {batch['context']}")
-    print(json.dumps({"rows": rows, "longest_over_shortest": round(flat, 2), "batch": batch}))
+    result = {"rows": rows, "longest_over_shortest": round(flat, 2), "batch": batch, "prefill": prefills()}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

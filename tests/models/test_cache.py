@@ -113,3 +113,22 @@ def test_what_is_cached_carries_no_gradients():
     stepped = model(ids(1, 1), past_key_values=cache).logits
     assert stepped.shape == (1, 1, 29)
     assert cache.get_seq_length() == 14
+
+
+def test_rows_of_different_lengths_reach_the_end_of_the_table_together():
+    """The longer row takes the last positions while the shorter one gets more tokens in the same call."""
+    model = without_end(attn_layers=DEEP, axial_pos_shape=[4, 6]).double()
+    real = torch.ones(2, 20, dtype=torch.long)
+    real[1, 12:] = 0
+    tokens = ids(2, 32)
+    with torch.no_grad():
+        cache = model(tokens[:, :20], attention_mask=real, use_cache=True).past_buckets_states
+        more = torch.ones(2, 12, dtype=torch.long)
+        more[0, 4:] = 0
+        mask = torch.cat([real, more], dim=1)
+        logits = model(tokens[:, 20:], attention_mask=mask, past_key_values=cache).logits
+        assert cache.lengths == [24, 24]
+        assert logits[0, :4].isfinite().all()
+        with pytest.raises(ValueError, match="position table"):
+            model(tokens[:, :1], past_key_values=cache)
+        assert cache.lengths == [24, 24]

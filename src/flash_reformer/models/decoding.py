@@ -40,6 +40,10 @@ class Compact:
         # Tokens first, each kind in its order.
         return Compact(counts, torch.sort(~mask_BT, dim=1, stable=True).indices[:, : max(*counts, 1)])
 
+    def mask_of(self, inputs: door.Inputs) -> Tensor | None:
+        """Return the mask that this was read from; None where every column is a token."""
+        return None if self.places is None else inputs.mask_BT
+
     def take(self, x_BTX: Tensor) -> Tensor:
         """Return ``[B, max(counts), ...]``; what stands behind a row's tokens means nothing."""
         if self.places is None:
@@ -63,6 +67,12 @@ class Compact:
             return x_BTX[:, ends[0] - 1 : ends[0]]
         rows = torch.arange(len(ends), device=x_BTX.device)
         return x_BTX[rows, torch.tensor(ends, device=x_BTX.device) - 1].unsqueeze(1)
+
+
+def _unpadded(given: Tensor, position_ids: Tensor | None) -> door.Inputs:
+    """Return ids ``[B, T]`` or embeddings ``[B, T, E]`` as a batch without pads."""
+    ids, embeds = (given, None) if given.dim() == 2 else (None, given)
+    return door.Inputs(ids, embeds, None, position_ids)
 
 
 class CachedForwards:
@@ -140,7 +150,7 @@ class CachedForwards:
             given = door.positions(inputs, inputs.length, self.config.max_length_of_positions)
             ends = compact.last(compact.take(given).expand(inputs.batch_size, -1)).flatten().tolist()
             offsets = [end + 1 - n if n else 0 for end, n in zip(ends, compact.counts, strict=True)]
-        cache.commit(compact.counts, None if compact.places is None else inputs.mask_BT, inputs.length, offsets)
+        cache.commit(compact.counts, compact.mask_of(inputs), inputs.length, offsets)
 
     def step_cache(
         self: Any,
@@ -153,7 +163,7 @@ class CachedForwards:
         """Return what a full forward would, ``[B, T, 2E]`` and states, for new columns; the cache grows by them."""
         compact = Compact.of(inputs.mask_BT, inputs.batch_size, inputs.length)
         hidden, states, offsets = self._step(cache, inputs, compact, num_hashes, head_masks, output_hidden_states)
-        cache.commit(compact.counts, inputs.mask_BT, inputs.length, offsets)
+        cache.commit(compact.counts, compact.mask_of(inputs), inputs.length, offsets)
         return compact.put_back(hidden, inputs.length), [compact.put_back(s, inputs.length) for s in states]
 
     def _step(
@@ -216,7 +226,8 @@ class CachedForwards:
         if len(set(starts)) == 1:
             starts = starts[:1]
         positions = torch.tensor(starts, device=device).unsqueeze(-1) + torch.arange(new, device=device)
-        return positions if longest == limit or positions.shape[0] == 1 else positions.clamp(max=limit - 1), offsets
+        # What fills up a row may lie beyond the table.
+        return positions.clamp_(max=limit - 1), offsets
 
     # --- rows alone, for generate -------------------------------------------------------------------------------------
 
@@ -241,7 +252,7 @@ class CachedForwards:
                 offsets = [int(ends[row, first - 1]) + 1 - first for row, first in enumerate(firsts)]
             cache.commit(firsts, None, 0, offsets)
             last = self._steps_after(cache, inputs, compact, firsts, chunk_size, last)
-            cache.commit([0] * len(firsts), None if compact.places is None else inputs.mask_BT, columns, cache.offsets)
+            cache.commit([0] * len(firsts), compact.mask_of(inputs), columns, cache.offsets)
         return last
 
     def _prefill_first(
@@ -264,12 +275,7 @@ class CachedForwards:
                 # Beams and several sequences per prompt start as copies.
                 tokens, copies = torch.unique(tokens, dim=0, return_inverse=True)
                 source = copies.tolist()
-            part = door.Inputs(
-                tokens if tokens.dim() == 2 else None,
-                tokens if tokens.dim() == 3 else None,
-                None,
-                None if positions is None else positions.expand(len(firsts), -1)[index, :first],
-            )
+            part = _unpadded(tokens, None if positions is None else positions.expand(len(firsts), -1)[index, :first])
             fill = Fill(cache.states, rows, source, [first] * len(rows), None, firsts)
             hidden = self._encode(part, cache.num_hashes, cache.seed, factors=factors, fill=fill)[0]
             for row, sequence in zip(rows, source, strict=True):
@@ -296,13 +302,7 @@ class CachedForwards:
                 max(counts), device=given.device
             )
             part = Compact(counts, places.clamp(max=given.shape[1] - 1))
-            tokens = part.take(given)
-            taken = door.Inputs(
-                tokens if tokens.dim() == 2 else None,
-                tokens if tokens.dim() == 3 else None,
-                None,
-                None if positions is None else part.take(positions),
-            )
+            taken = _unpadded(part.take(given), None if positions is None else part.take(positions))
             hidden, _, offsets = self._step(cache, taken, Compact(counts, None), None, head_masks)
             newest = Compact(counts, None).last(hidden)
             if last is None:
@@ -329,5 +329,5 @@ class CachedForwards:
         self._positions_of(cache, inputs, compact, 1)
         with cache.extending():
             last = self._steps_after(cache, inputs, compact, none, chunk_size, None)
-            cache.commit(none, None if compact.places is None else inputs.mask_BT, inputs.length, cache.offsets)
+            cache.commit(none, compact.mask_of(inputs), inputs.length, cache.offsets)
         return last
