@@ -46,8 +46,9 @@ FORWARD = [
     ({"inputs_embeds": torch.zeros(B, 0, E)}, ValueError, ["inputs_embeds"]),
     ({"inputs_embeds": torch.zeros(B, 73, E)}, ValueError, ["73", "72"]),
     # masks
-    ({"input_ids": IDS, "attention_mask": torch.ones(B, T + 1)}, TypeError, ["attention_mask", "float32"]),
-    ({"input_ids": IDS, "attention_mask": torch.ones(B, T)}, TypeError, ["attention_mask", "float32"]),
+    ({"input_ids": IDS, "attention_mask": torch.ones(B, T + 1)}, ValueError, ["attention_mask", "(3, 9)", "(3, 10)"]),
+    ({"input_ids": IDS, "attention_mask": torch.full((B, T), 0.5)}, ValueError, ["attention_mask", "0.5"]),
+    ({"input_ids": IDS, "attention_mask": torch.ones(B, T) * 1j}, TypeError, ["attention_mask", "complex64"]),
     ({"input_ids": IDS, "attention_mask": mask("left", B, T + 1)}, ValueError, ["attention_mask", "(3, 9)", "(3, 10)"]),
     ({"input_ids": IDS, "attention_mask": mask("left", B + 1, T)}, ValueError, ["attention_mask", "(4, 9)"]),
     ({"input_ids": IDS, "attention_mask": torch.ones(T).bool()}, ValueError, ["attention_mask", "(9,)"]),

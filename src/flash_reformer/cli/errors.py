@@ -1,5 +1,7 @@
 """How a command ends when something is wrong: one readable line, or the traceback on request."""
 
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,10 @@ def readable_errors(debug: bool, *, on_interrupt: str = "interrupted") -> Iterat
     except KeyboardInterrupt:
         _complain(on_interrupt)
         raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        # Whoever read the output has enough. Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
     except Exception as error:
         if debug:
             raise

@@ -1,6 +1,7 @@
 """``flash-reformer generate``: text from a trained model."""
 
 import codecs
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -35,8 +36,10 @@ def generate(
     with readable_errors(debug):
         if prompt is not None and prompt_file is not None:
             raise ValueError("--prompt and --prompt-file contradict each other: give one")
-        if prompt_file is not None and not prompt_file.is_file():
+        if prompt_file is not None and not prompt_file.exists():
             raise ValueError(f"--prompt-file {prompt_file}: there is no such file")
+        if prompt_file is not None and prompt_file.is_dir():
+            raise ValueError(f"--prompt-file {prompt_file} is a folder")
         start = prompt_file.read_bytes() if prompt_file is not None else (prompt or "").encode("utf-8")
         network = load_language_model(model)
         vocabulary = load_vocabulary(model, network.config.vocab_size)
@@ -69,6 +72,9 @@ class _Screen:
 
     def __init__(self) -> None:
         self.shown = False
+        # A terminal that cannot show a character gets another one for it, not a crash.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def show(self, piece: bytes, *, last: bool = False) -> None:

@@ -144,10 +144,6 @@ class LSHSelfAttention(nn.Module):
         with ordinary_tensors():
             state.fill(keys_BTHD, v_BTHD, fill, buckets_BHRT, sorted_positions_BHRT, call.bucket_factors)
 
-    def new_state(self, exact_up_to: float) -> LSHState:
-        """Return what this layer keeps between steps of decoding: nothing yet."""
-        return LSHState(self.layer_idx)
-
     def decode(self, hidden_BTE: Tensor, step: Step, state: LSHState, head_mask_H: Tensor | None = None) -> Tensor:
         """Return ``[B, T, H*D]`` for new tokens; the state grows by them."""
         qk_BTHD, v_BTHD = self._project(hidden_BTE)
@@ -259,10 +255,6 @@ class LocalSelfAttention(nn.Module):
                 query, key, value, call.mask_BT, head_mask_H, **self.window, **options
             )
         return out_BTHD.flatten(2), ()
-
-    def new_state(self, exact_up_to: float) -> LocalState:
-        """Return what this layer keeps between steps of decoding: nothing yet."""
-        return LocalState(self.chunk_length, self.window["num_chunks_before"], exact_up_to)
 
     def decode(self, hidden_BTE: Tensor, step: Step, state: LocalState, head_mask_H: Tensor | None = None) -> Tensor:
         """Return ``[B, T, H*D]`` for new tokens; the state goes on by them."""

@@ -214,7 +214,7 @@ class LSHState(KeyValues):
         device = self.order.device
         index = torch.tensor(rows, device=device)
         first = torch.tensor([self.indexed[row] for row in rows], device=device)
-        N = max(1, *(self.indexed[row] for row in rows), 1)
+        N = max([1, *(self.indexed[row] for row in rows)])
         counts = torch.tensor(ends, device=device) - first
         T = max(end - self.indexed[row] for row, end in zip(rows, ends, strict=True))
         places = (first.view(-1, 1, 1, 1) + torch.arange(T, device=device)).clamp(max=self.buckets.shape[-1] - 1)

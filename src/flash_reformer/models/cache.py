@@ -77,8 +77,8 @@ class ReformerCache(Cache):
         self.layout = _layout(config)
         self._config = config
         self._model: weakref.ref[Any] | None = None
-        #: What ``generate`` says of its first forward: where the prompt ends (None: nowhere before the input does), and
-        #: how many of a row's tokens to take at once.
+        #: What ``generate`` says of the next forward: where the prompt ends (None: where the input does), and how many
+        #: of a row's tokens to take at once.
         self.prompt_columns: int | None = None
         self.chunk_size: int | None = None
         self._empty()
@@ -322,6 +322,10 @@ class ReformerCache(Cache):
             return
         rows = torch.as_tensor(rows)
         if rows.dtype == torch.bool:
+            if rows.shape != (len(self.lengths),):
+                raise ValueError(
+                    f"rows must have one entry per row, {len(self.lengths)}; got shape {tuple(rows.shape)}"
+                )
             rows = rows.nonzero().flatten()
         if rows.dim() != 1 or rows.numel() == 0 or rows.is_floating_point():
             raise ValueError(f"rows must be a non-empty 1-d tensor of row numbers; got {rows!r}")
@@ -340,6 +344,10 @@ class ReformerCache(Cache):
             self._real = self._real.index_select(0, rows.cpu())
 
     # --- copies -------------------------------------------------------------------------------------------------------
+
+    def __copy__(self) -> ReformerCache:
+        """Return a deep copy: two caches that share storage would write into each other."""
+        return copy.deepcopy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReformerCache:
         """Return a cache that goes its own way from here, for the same model."""

@@ -72,6 +72,12 @@ class ReformerCacheLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        """What would change one layer alone: the others, and the cache's counts, would not follow."""
+        raise NotImplementedError("call this method of the ReformerCache, not of one of its layers")
+
+    reset = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = offload = prefetch = _refuse
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise NotImplementedError("a ReformerCache is filled by the model's forward")
 

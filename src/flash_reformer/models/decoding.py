@@ -38,7 +38,7 @@ class Compact:
         if mask_BT is None or min(counts) == columns:
             return Compact(counts, None)
         # Tokens first, each kind in its order.
-        return Compact(counts, torch.sort(~mask_BT, dim=1, stable=True).indices[:, : max(*counts, 1)])
+        return Compact(counts, torch.sort(~mask_BT, dim=1, stable=True).indices[:, : max([*counts, 1])])
 
     def mask_of(self, inputs: door.Inputs) -> Tensor | None:
         """Return the mask that this was read from; None where every column is a token."""
@@ -69,7 +69,7 @@ class Compact:
         return x_BTX[rows, torch.tensor(ends, device=x_BTX.device) - 1].unsqueeze(1)
 
 
-def _unpadded(given: Tensor, position_ids: Tensor | None) -> door.Inputs:
+def unpadded(given: Tensor, position_ids: Tensor | None) -> door.Inputs:
     """Return ids ``[B, T]`` or embeddings ``[B, T, E]`` as a batch without pads."""
     ids, embeds = (given, None) if given.dim() == 2 else (None, given)
     return door.Inputs(ids, embeds, None, position_ids)
@@ -275,7 +275,7 @@ class CachedForwards:
                 # Beams and several sequences per prompt start as copies.
                 tokens, copies = torch.unique(tokens, dim=0, return_inverse=True)
                 source = copies.tolist()
-            part = _unpadded(tokens, None if positions is None else positions.expand(len(firsts), -1)[index, :first])
+            part = unpadded(tokens, None if positions is None else positions.expand(len(firsts), -1)[index, :first])
             fill = Fill(cache.states, rows, source, [first] * len(rows), None, firsts)
             hidden = self._encode(part, cache.num_hashes, cache.seed, factors=factors, fill=fill)[0]
             for row, sequence in zip(rows, source, strict=True):
@@ -302,7 +302,7 @@ class CachedForwards:
                 max(counts), device=given.device
             )
             part = Compact(counts, places.clamp(max=given.shape[1] - 1))
-            taken = _unpadded(part.take(given), None if positions is None else part.take(positions))
+            taken = unpadded(part.take(given), None if positions is None else part.take(positions))
             hidden, _, offsets = self._step(cache, taken, Compact(counts, None), None, head_masks)
             newest = Compact(counts, None).last(hidden)
             if last is None:

@@ -14,16 +14,32 @@ import torch
 from torch import Tensor
 
 from flash_reformer.models.cache import ReformerCache
-from flash_reformer.models.decoding import Compact
-from flash_reformer.models.inputs import Inputs, check_inputs
+from flash_reformer.models.decoding import Compact, unpadded
+from flash_reformer.models.inputs import Inputs, check_inputs, check_tensor
 from flash_reformer.models.outputs import ReformerModelWithLMHeadOutput
 
+_APART = "rows run apart and have no common layout"
+#: Fields of a generation config that cannot be honoured, and why.
 _REFUSED = {
     "cache_config": "a ReformerCache has no settings",
     "guidance_scale": "it would run a second, unconditional forward outside the cache",
-    "output_attentions": "rows run apart and have no common layout",
-    "output_hidden_states": "rows run apart and have no common layout",
+    "output_attentions": _APART,
+    "output_hidden_states": _APART,
 }
+
+
+def _check_config(config: Any) -> None:
+    """Raise ``ValueError`` for what a resolved generation config asks for in vain."""
+    if config.cache_implementation not in (None, "dynamic"):
+        raise ValueError(
+            f"cache_implementation must be None or 'dynamic' for a Reformer; got {config.cache_implementation!r}"
+        )
+    for name, reason in _REFUSED.items():
+        value = getattr(config, name, None)
+        off = value is None or value is False or (name == "guidance_scale" and value == 1)
+        returned = config.return_dict_in_generate or not name.startswith("output_")
+        if not off and returned:
+            raise ValueError(f"generate does not take {name}: {reason}; got {value!r}")
 
 
 def _columns(inputs: Inputs, start: int, stop: int) -> Inputs:
@@ -41,6 +57,13 @@ def _columns(inputs: Inputs, start: int, stop: int) -> Inputs:
     )
 
 
+def _positions_of_all(position_ids: Any, prompt: Tensor) -> Tensor:
+    """Return positions ``[B, T]``, one row per prompt: beams and copies are made by row."""
+    B, T = prompt.shape[:2]
+    check_tensor("position_ids", position_ids, [(B, T), (1, T)], (torch.int64, torch.int32))
+    return position_ids.expand(B, -1)
+
+
 class CachedGeneration:
     """The part of ``GenerationMixin`` that a Reformer answers itself."""
 
@@ -56,9 +79,6 @@ class CachedGeneration:
         Raises:
             ValueError: for what cannot be honoured, and for a length that the position table does not hold.
         """
-        for name, reason in _REFUSED.items():
-            if kwargs.get(name) is not None and kwargs[name] is not False:
-                raise ValueError(f"generate does not take {name}: {reason}")
         if "past_buckets_states" in kwargs:
             cache = kwargs.pop("past_buckets_states")
             if cache is not None and kwargs.get("past_key_values") not in (None, cache):
@@ -66,20 +86,26 @@ class CachedGeneration:
             kwargs["past_key_values"] = cache if cache is not None else kwargs.get("past_key_values")
         if kwargs.get("past_key_values") is not None:
             self.reformer.check_cache(None, kwargs["past_key_values"])
+            if kwargs.get("use_cache") is False:
+                raise ValueError("use_cache=False contradicts past_key_values: a cache that is given is used")
         prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         prompt = kwargs.get("inputs_embeds") if prompt is None else prompt
         if isinstance(prompt, Tensor) and prompt.dim() >= 2:
-            self._check_length(prompt, kwargs)
+            if kwargs.get("position_ids") is not None:
+                kwargs["position_ids"] = _positions_of_all(kwargs["position_ids"], prompt)
+            config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+            self._check_length(prompt, config or self.generation_config, kwargs)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
-    def _check_length(self: Any, prompt: Tensor, options: dict[str, Any]) -> None:
+    def _check_length(self: Any, prompt: Tensor, config: Any, options: dict[str, Any]) -> None:
         """Refuse to start what would run out of positions. Of pads no position is used up."""
-        config = options.get("generation_config") or self.generation_config
         columns, mask, positions = prompt.shape[1], options.get("attention_mask"), options.get("position_ids")
         tokens = int(mask.sum(dim=1).max()) if isinstance(mask, Tensor) and mask.dim() == 2 else columns
         if isinstance(positions, Tensor) and positions.numel():
             tokens = int(positions.max()) + 1
         new, total = (options.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length"))
+        if any(count is not None and not isinstance(count, int) for count in (new, total)):
+            return  # transformers says what is wrong with them
         if new is None:
             new = total - columns if total is not None else 0
         limit = self.config.max_length_of_positions
@@ -105,13 +131,13 @@ class CachedGeneration:
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation must be None or 'dynamic' for a Reformer; got {kind!r}")
+        _check_config(generation_config)
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             self.reformer.check_cache(None, cache)
             cache._is_user_defined = True
+            # Whatever the model's own default is: a cache was given.
+            generation_config.use_cache = True
         elif generation_config.use_cache is False:
             if generation_config.prefill_chunk_size is not None:
                 raise ValueError("prefill_chunk_size needs use_cache=True: steps go on from a cache")
@@ -145,6 +171,10 @@ class CachedGeneration:
     def _assisted_decoding(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Tell the cache where the prompt ends: its first forward sees candidates too, and they are steps."""
         cache = kwargs.get("past_key_values")
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "inputs_embeds cannot be given in assisted decoding: candidates are sought among input_ids"
+            )
         if cache is not None:
             if cache.columns >= input_ids.shape[1]:
                 raise ValueError(
@@ -155,7 +185,44 @@ class CachedGeneration:
             cache.chunk_size = kwargs["generation_config"].prefill_chunk_size
         return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
 
+    def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Let no candidate go beyond the position table: the last one would be looked at for nothing."""
+        generator = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+        cache, propose = kwargs["model_kwargs"].get("past_key_values"), generator.get_candidates
+        limit = self.config.max_length_of_positions
+
+        def get_candidates(input_ids: Tensor, *more: Any, **options: Any) -> Any:
+            candidates, logits = propose(input_ids, *more, **options)
+            used = cache.lengths[0] + cache.offsets[0] - cache.columns if cache is not None and cache.columns else 0
+            excess = max(0, min(candidates.shape[1] + used - limit, candidates.shape[1] - input_ids.shape[1]))
+            if excess:
+                candidates = candidates[:, :-excess]
+                logits = None if logits is None else logits[:, :-excess]
+            return candidates, logits
+
+        generator.get_candidates = get_candidates
+        return generator
+
     # --- one step -----------------------------------------------------------------------------------------------------
+
+    def _prepare_attention_mask_for_generation(
+        self: Any, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Guess a mask where none was given: pads by their id in a first prompt, none after what is cached.
+
+        A row that has ended goes on with pads, which are cached as the tokens that they were.
+        """
+        mask = super()._prepare_attention_mask_for_generation(  # type: ignore[misc]
+            inputs_tensor, generation_config, model_kwargs
+        )
+        cache = model_kwargs.get("past_key_values")
+        if not isinstance(cache, ReformerCache) or not 0 < cache.columns < mask.shape[1]:
+            return mask
+        known = cache.mask_of_columns()
+        mask = torch.ones_like(mask)
+        if known is not None and known.shape[0] == mask.shape[0]:
+            mask[:, : cache.columns] = known.to(mask)
+        return mask
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """Leave positions to the rows' counts of tokens."""
@@ -227,28 +294,39 @@ class CachedGeneration:
         attention_mask: Tensor | None,
         inputs_embeds: Tensor | None,
         num_hashes: int | None,
-        logits_to_keep: int,
+        logits_to_keep: int | Tensor,
     ) -> ReformerModelWithLMHeadOutput:
         """Return the logits ``[B, 1, V]`` of each row's last token, or of the last so many where rows have no pads."""
+        if not isinstance(logits_to_keep, int):
+            raise TypeError("logits_to_keep must be an integer with rows_alone: rows end in different columns")
         cache = self.reformer.check_cache(None, cache)
         inputs = check_inputs(
             self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, alone=True, cache=cache
         )
-        if cache is None:
-            hidden = self._last_hidden_of_rows(inputs, num_hashes)
-        elif cache.columns == 0:
-            prompt = cache.prompt_columns or inputs.length
-            hidden = self.reformer.prefill_rows(cache, _columns(inputs, 0, prompt), num_hashes, cache.chunk_size)
-            if prompt < inputs.length:
-                rest = self._step(cache, _columns(inputs, prompt, inputs.length), num_hashes)
-                hidden = torch.cat([hidden, rest], dim=1)
-        elif cache.chunk_size is None and (inputs.mask_BT is None or bool(inputs.mask_BT.all())):
-            hidden = self._step(cache, replace(inputs, mask_BT=None), num_hashes)
-        else:
-            hidden = self.reformer.extend_rows(cache, inputs, num_hashes, cache.chunk_size)
-            cache.chunk_size = None
+        hidden = (
+            self._last_hidden_of_rows(inputs, num_hashes) if cache is None else self._go_on(cache, inputs, num_hashes)
+        )
         logits = self.lm_head(hidden[:, -max(1, logits_to_keep) :])
         return ReformerModelWithLMHeadOutput(logits=logits, past_buckets_states=cache)
+
+    def _go_on(self: Any, cache: ReformerCache, inputs: Inputs, num_hashes: int | None) -> Tensor:
+        """Return ``[B, *, 2E]`` of the input's last tokens: what is left of a prompt, then each of the candidates."""
+        prompt, chunk_size = inputs.length, cache.chunk_size
+        if cache.prompt_columns is not None:
+            prompt = min(prompt, cache.prompt_columns - cache.columns)
+        # They are about the first forward of a generation only.
+        cache.prompt_columns = cache.chunk_size = None
+        head = _columns(inputs, 0, prompt)
+        if cache.columns == 0:
+            hidden = self.reformer.prefill_rows(cache, head, num_hashes, chunk_size)
+        elif chunk_size is None and (head.mask_BT is None or bool(head.mask_BT.all())):
+            hidden = self._step(cache, replace(head, mask_BT=None), num_hashes)
+        else:
+            hidden = self.reformer.extend_rows(cache, head, num_hashes, chunk_size)
+        if prompt == inputs.length:
+            return hidden
+        rest = self._step(cache, _columns(inputs, prompt, inputs.length), num_hashes)
+        return torch.cat([hidden, rest], dim=1)
 
     def _step(self: Any, cache: ReformerCache, inputs: Inputs, num_hashes: int | None) -> Tensor:
         head_masks = [None] * self.config.num_hidden_layers
@@ -272,9 +350,11 @@ class CachedGeneration:
             rows = [row for row, count in enumerate(compact.counts) if count == length]
             index = torch.tensor(rows, device=tokens.device)
             torch.set_rng_state(rng_state)
+            part = unpadded(tokens[index, :length], None if positions is None else positions[index, :length])
             hidden = self.reformer(
-                tokens[index, :length],
-                position_ids=None if positions is None else positions[index, :length],
+                part.input_ids,
+                inputs_embeds=part.inputs_embeds,
+                position_ids=part.position_ids,
                 num_hashes=num_hashes,
                 use_cache=False,
                 return_dict=True,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flash_reformer.models.cache import ReformerCache
 
 _INTEGERS = (torch.int64, torch.int32)
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -117,8 +118,7 @@ def _check_given(config: ReformerConfig, input_ids: object, inputs_embeds: objec
         check_tensor(name, given, [(B, T)], _INTEGERS)
         _check_vocabulary(given, config.vocab_size)
     else:
-        floats = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-        check_tensor(name, given, [(B, T, config.hidden_size)], floats)
+        check_tensor(name, given, [(B, T, config.hidden_size)], _FLOATS)
     return B, T
 
 
@@ -151,8 +151,12 @@ def check_inputs(
         table = f"axial_pos_shape {config.axial_pos_shape}" if config.axial_pos_embds else "max_position_embeddings"
         raise ValueError(f"the input has {T} tokens, but the position table ({table}) holds {limit}")
     if attention_mask is not None:
-        check_tensor("attention_mask", attention_mask, [(B, past + T)], _MASKS)
+        check_tensor("attention_mask", attention_mask, [(B, past + T)], (*_MASKS, *_FLOATS))
         if attention_mask.dtype != torch.bool:
+            if attention_mask.is_floating_point() and attention_mask.device.type == "cpu":
+                between = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
+                if between.numel():
+                    raise ValueError(f"attention_mask must hold 0 and 1 only; got {between[0].item()}")
             check_values("attention_mask", attention_mask, 0, 2)
             attention_mask = attention_mask != 0
         if cache is not None and past:
@@ -180,8 +184,7 @@ def split_head_mask(config: ReformerConfig, head_mask: Tensor | None) -> list[Te
     if head_mask is None:
         return [None] * depth
     heads = config.num_attention_heads
-    floats = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    check_tensor("head_mask", head_mask, [(heads,), (depth, heads)], (*floats, *_MASKS))
+    check_tensor("head_mask", head_mask, [(heads,), (depth, heads)], (*_FLOATS, *_MASKS))
     if not head_mask.is_floating_point():
         head_mask = head_mask.float()
     return list(head_mask.expand(depth, heads).unbind(0))

@@ -94,18 +94,19 @@ class ReformerModelWithLMHead(CachedGeneration, _LanguageModel, GenerationMixin)
             num_items_in_batch: divisor of the summed loss, in place of the number of labels that count.
             past_key_values: the same as ``past_buckets_states``.
             rows_alone: what ``generate`` asks for: compute each row on its unmasked tokens alone and return the
-                logits ``[B, 1, V]`` of its last one.
+                logits ``[B, 1, V]`` of its last one. It goes with the inputs, ``num_hashes`` and ``past_key_values``.
 
         The other arguments are those of :class:`ReformerModel`.
         """
+        words = input_ids if input_ids is not None else inputs_embeds
+        _check_kept(logits_to_keep, words)
         if rows_alone:
+            _check_alone(head_mask, past_buckets_states, output_hidden_states, output_attentions, labels)
             batch = (input_ids, position_ids, attention_mask, inputs_embeds, num_hashes)
-            keep = logits_to_keep if isinstance(logits_to_keep, int) else 1
-            return finish(self._forward_rows_alone(past_key_values, *batch, keep), return_dict, self.config)
+            return finish(self._forward_rows_alone(past_key_values, *batch, logits_to_keep), return_dict, self.config)
         if labels is not None:
-            given = input_ids if input_ids is not None else inputs_embeds
-            if isinstance(given, Tensor) and given.dim() >= 2:
-                _check_token_labels(labels, given, self.config)
+            if isinstance(words, Tensor) and words.dim() >= 2:
+                _check_token_labels(labels, words, self.config)
             if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
                 raise ValueError("logits_to_keep must be 0 where labels are given: the loss needs every position")
         elif not return_logits:
@@ -141,17 +142,30 @@ class ReformerModelWithLMHead(CachedGeneration, _LanguageModel, GenerationMixin)
         return finish(output, return_dict, self.config)
 
 
-def _keep_positions(hidden_BTX: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+def _check_alone(*others: Any) -> None:
+    if any(value is not None for value in others):
+        raise ValueError(
+            "rows_alone is generate's own: it takes input_ids or inputs_embeds, position_ids, attention_mask, "
+            "num_hashes, past_key_values and logits_to_keep, and nothing else"
+        )
+
+
+def _check_kept(logits_to_keep: Any, words: Any) -> None:
+    """Raise for what ``logits_to_keep`` cannot be for this input, before anything runs."""
     if isinstance(logits_to_keep, Tensor):
         if logits_to_keep.dim() != 1 or logits_to_keep.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"logits_to_keep must be a 1-d integer tensor or an integer; got {logits_to_keep!r}")
-        length = hidden_BTX.shape[1]
-        check_values("logits_to_keep", logits_to_keep, -length, length)
-        return hidden_BTX[:, logits_to_keep]
-    if not isinstance(logits_to_keep, int) or isinstance(logits_to_keep, bool):
+        if isinstance(words, Tensor) and words.dim() >= 2:
+            check_values("logits_to_keep", logits_to_keep, -words.shape[1], words.shape[1])
+    elif not isinstance(logits_to_keep, int) or isinstance(logits_to_keep, bool):
         raise TypeError(f"logits_to_keep must be an integer or a tensor; got {type(logits_to_keep).__name__}")
-    if logits_to_keep < 0:
+    elif logits_to_keep < 0:
         raise ValueError(f"logits_to_keep must be >= 0; got {logits_to_keep}")
+
+
+def _keep_positions(hidden_BTX: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    if isinstance(logits_to_keep, Tensor):
+        return hidden_BTX[:, logits_to_keep]
     return hidden_BTX[:, -logits_to_keep:] if logits_to_keep else hidden_BTX
 
 

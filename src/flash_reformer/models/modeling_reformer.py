@@ -239,10 +239,10 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
 
         Args:
             input_ids: ``[B, T]`` token ids.
-            attention_mask: ``[B, T]``, bool or 0 and 1: which tokens are real. All by default. Masked tokens are read
-                by nobody, but they take part in sorting: an LSH row in a padded batch may see other neighbours
-                than the row alone would. With a filled cache ``[B, cached + T]``, or None if all new tokens are real;
-                then every row goes on as if it were alone.
+            attention_mask: ``[B, T]``, bool or 0 and 1 of any dtype: which tokens are real. All by default. Masked
+                tokens are read by nobody, but they take part in sorting: an LSH row in a padded batch may see other
+                neighbours than the row alone would. With a filled cache ``[B, cached + T]``, or None if all new
+                tokens are real; then every row goes on as if it were alone.
             position_ids: ``[B, T]`` or ``[1, T]``; 0, 1, 2, ... by default, and with a cache what comes next.
             head_mask: ``[H]`` or ``[layers, H]``: a factor on each head's attention probabilities.
             inputs_embeds: ``[B, T, hidden_size]`` word embeddings in place of ``input_ids``.
@@ -252,7 +252,8 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
             use_cache: return a cache; ``config.use_cache`` by default. No effect in training and bidirectional models.
                 Neither what is cached nor the states of a step carry gradients.
             output_hidden_states: also return the states between layers. They carry gradients; each is stored.
-            output_attentions: also return attention probabilities. They carry gradients; activations are stored.
+            output_attentions: also return attention probabilities. They carry gradients; activations are stored. Steps
+                from a filled cache have none to show.
             return_dict: False returns a tuple, without the fields that are None.
             past_key_values: the same as ``past_buckets_states``.
 
@@ -276,7 +277,7 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
         with_probs = bool(config.output_attentions if output_attentions is None else output_attentions)
         return_dict = config.return_dict if return_dict is None else return_dict
         if cache is not None and cache.columns:
-            if with_probs:
+            if output_attentions:
                 raise ValueError("output_attentions must be False with a filled cache: a step has no chunks to show")
             hidden_BTX, stepped = self.step_cache(cache, inputs, num_hashes, head_masks, with_states)
             output = ReformerModelOutput(hidden_BTX, cache, tuple(stepped) if with_states else None)

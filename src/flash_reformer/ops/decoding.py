@@ -258,7 +258,7 @@ def attend_with_bias(
     """Return ``[B, M, H, D]``: attention of the queries to keys that they share, in at least fp32 inside."""
     scores_BHMU = torch.matmul(query_BMHD.transpose(1, 2), key_BHUD.transpose(-1, -2))
     probs = torch.softmax(scores_BHMU.to(softmax_dtype(scores_BHMU.dtype)) + bias_XMU.unsqueeze(1), dim=-1)
-    return _weigh(probs.to(value_BHUD.dtype), value_BHUD, head_mask_H).transpose(1, 2)
+    return _scale_heads(torch.matmul(probs.to(value_BHUD.dtype), value_BHUD), head_mask_H).transpose(1, 2)
 
 
 def attend_to_windows(
@@ -279,13 +279,10 @@ def attend_to_windows(
     hidden[-1] = SELF_SCORE
     probs_BHM1X = torch.softmax(torch.where(visible_BHMX.unsqueeze(3), scores_BHM1X, hidden), dim=-1)
     out_BHMD = torch.matmul(probs_BHM1X.to(value_BHMXD.dtype), value_BHMXD).squeeze(3)
-    if head_mask_H is not None:
-        out_BHMD = out_BHMD * head_mask_H.to(out_BHMD.dtype).view(-1, 1, 1)
-    return out_BHMD.transpose(1, 2)
+    return _scale_heads(out_BHMD, head_mask_H).transpose(1, 2)
 
 
-def _weigh(probs_BHMU: Tensor, value_BHUD: Tensor, head_mask_H: Tensor | None) -> Tensor:
-    out_BHMD = torch.matmul(probs_BHMU, value_BHUD)
+def _scale_heads(out_BHMD: Tensor, head_mask_H: Tensor | None) -> Tensor:
     return out_BHMD if head_mask_H is None else out_BHMD * head_mask_H.to(out_BHMD.dtype).view(-1, 1, 1)
 
 

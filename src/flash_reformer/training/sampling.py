@@ -133,6 +133,8 @@ def write_text(
     others by steps. ``stream`` is called with each piece of text as it comes; the pieces make up the text.
     """
     _check_sampling(max_new_tokens, greedy, temperature, top_k, top_p, num_hashes, prefill_chunk_size)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must lie in [0, 2**63), got {seed}")
     device = next(model.parameters()).device
     vocabulary = vocabulary or Vocabulary.of_bytes()
     start = vocabulary.encode(prompt).ids.tolist()
