@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,6 +133,19 @@ def test_generate_says_what_is_wrong(trained, tmp_path):
     assert "temperature must be positive" in complaint("generate", trained, "--temperature", 0)
     assert "top_k" in complaint("generate", trained, "--greedy", "--top-k", 3)
     assert "positions" in complaint("generate", trained, "--max-new-tokens", 100)
+    assert "is a folder" in complaint("generate", trained, "--prompt-file", tmp_path)
+    assert "seed must lie" in complaint("generate", trained, "--seed", 2**70)
+    assert "prefill_chunk_size" in complaint("generate", trained, "--prefill-chunk-size", 0)
+
+
+def test_generate_ends_quietly_when_nobody_reads_on(trained):
+    command = [sys.executable, "-c", "from flash_reformer.cli import app; app()", "generate", str(trained)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == 1
+    assert "roken" not in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def test_candidates_are_sought_after_new_text_with_pads_too():
 
 def test_going_on_where_a_row_has_ended_and_where_pads_were_written():
     """transformers takes pads for no tokens where no mask is given; those in a cache were tokens."""
-    model = build(attn_layers=["lsh", "local"])
-    written = generate(model, ids(2, 20), max_new_tokens=20, eos_token_id=None)[:, 20:].tolist()
+    model = without_end(attn_layers=DEEP, num_hashes=2, seed=4)
+    written = generate(model, ids(2, 20), max_new_tokens=20)[:, 20:].tolist()
     end = next(token for token in written[0][:-1] if token not in written[1])
     first = generate(model, ids(2, 20), max_new_tokens=20, eos_token_id=end, return_dict_in_generate=True)
     assert (first.sequences[0] == PAD).any()
