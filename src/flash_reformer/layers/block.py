@@ -64,6 +64,11 @@ class ReformerFeedForward(nn.Module):
         """Map ``[B, T, E]`` to ``[B, T, E]``."""
         return self.output(self.dense(self.layer_norm(hidden_BTE)))
 
+    def decode(self, hidden_BTE: Tensor) -> Tensor:
+        """Do the same in evaluation, where dropouts do nothing: in a step of decoding even that takes time."""
+        widened = self.dense.act_fn(self.dense.dense(self.layer_norm(hidden_BTE)))
+        return self.output.dense(widened)
+
 
 @contextlib.contextmanager
 def _in_modes(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
@@ -124,7 +129,7 @@ class ReformerLayer(nn.Module):
         y1 = x1 + self.attention.decode(x2, step, state, head_mask_H)
         size = self.chunk_size_feed_forward
         chunks = y1.split(size, dim=1) if 0 < size < y1.shape[1] else (y1,)
-        outs = [self.feed_forward(chunk) for chunk in chunks]
+        outs = [self.feed_forward.decode(chunk) for chunk in chunks]
         return y1, x2 + (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1))
 
     def wants_gradients(self, streams: Streams, head_mask_H: Tensor | None) -> bool:

@@ -74,7 +74,8 @@ class ReformerCache(Cache):
                 "config must be of a causal model whose layers see no chunks after their own: a cache needs "
                 f"is_decoder=True (got {config.is_decoder}) and *_num_chunks_after=0"
             )
-        self.layout = _layout(config)
+        self._agreed = _layout(config)
+        self.layout = layout_of(config)
         self._config = config
         self._model: weakref.ref[Any] | None = None
         #: What ``generate`` says of the next forward: where the prompt ends (None: where the input does), and how many
@@ -95,7 +96,7 @@ class ReformerCache(Cache):
             if kind == "lsh":
                 states.append(LSHState(index))
             else:
-                limit = layout_of(config).exact_up_to(config.local_attn_chunk_length)
+                limit = self.layout.exact_up_to(config.local_attn_chunk_length)
                 states.append(LocalState(config.local_attn_chunk_length, config.local_num_chunks_before or 0, limit))
         return states
 
@@ -106,6 +107,8 @@ class ReformerCache(Cache):
         self.reach: int | None = None
         self.seed: int | None = None
         self.num_hashes: int | None = None
+        #: The bucket count of every layout length met so far.
+        self.known_factors: dict[int, tuple[int, ...]] = {}
         self.reaches: list[int | None] = []
         #: Dtype, device and autocast of what is stored.
         self.context: tuple[Any, ...] | None = None
@@ -145,11 +148,11 @@ class ReformerCache(Cache):
             )
 
     def _check_layout(self, config: ReformerConfig) -> None:
-        wrong = [name for name, value in _layout(config).items() if value != self.layout[name]]
+        wrong = [name for name, value in _layout(config).items() if value != self._agreed[name]]
         if wrong:
             name = wrong[0]
             raise ValueError(
-                f"past_key_values is the cache of another configuration: {name} is {self.layout[name]!r} there and "
+                f"past_key_values is the cache of another configuration: {name} is {self._agreed[name]!r} there and "
                 f"{getattr(config, name)!r} here"
             )
 

@@ -111,8 +111,7 @@ class CachedForwards:
 
     def _factors_of_row(self: Any, cache: ReformerCache) -> Callable[[int, int], Factors]:
         """Return the bucket count of a row at a length: fixed where it is known how long the row may get."""
-        layout = door.layout_of(self.config)
-        known: dict[int, Factors] = {}
+        layout, known = cache.layout, cache.known_factors
 
         def factors(row: int, length: int) -> Factors:
             reach = cache.reaches[row] if cache.reaches else None
@@ -192,7 +191,7 @@ class CachedForwards:
                 exact=False,
                 backend=self._backend,
             ),
-            door.layout_of(config),
+            cache.layout,
             cache.lengths,
             counts,
             new,

@@ -19,7 +19,7 @@ from flash_reformer.models.inputs import Inputs, check_inputs, check_tensor
 from flash_reformer.models.outputs import ReformerModelWithLMHeadOutput
 
 _APART = "rows run apart and have no common layout"
-#: Fields of a generation config that cannot be honoured, and why.
+#: What cannot be honoured, and why.
 _REFUSED = {
     "cache_config": "a ReformerCache has no settings",
     "guidance_scale": "it would run a second, unconditional forward outside the cache",
@@ -28,18 +28,16 @@ _REFUSED = {
 }
 
 
-def _check_config(config: Any) -> None:
-    """Raise ``ValueError`` for what a resolved generation config asks for in vain."""
-    if config.cache_implementation not in (None, "dynamic"):
-        raise ValueError(
-            f"cache_implementation must be None or 'dynamic' for a Reformer; got {config.cache_implementation!r}"
-        )
+def _refuse(asked: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for what a caller asks for in vain.
+
+    What a *model's* configuration asks its forwards to return is no such thing: its steps then return None.
+    """
     for name, reason in _REFUSED.items():
-        value = getattr(config, name, None)
-        off = value is None or value is False or (name == "guidance_scale" and value == 1)
-        returned = config.return_dict_in_generate or not name.startswith("output_")
-        if not off and returned:
-            raise ValueError(f"generate does not take {name}: {reason}; got {value!r}")
+        value = asked.get(name)
+        if value is None or value is False or (name == "guidance_scale" and value == 1):
+            continue
+        raise ValueError(f"generate does not take {name}: {reason}; got {value!r}")
 
 
 def _columns(inputs: Inputs, start: int, stop: int) -> Inputs:
@@ -79,6 +77,9 @@ class CachedGeneration:
         Raises:
             ValueError: for what cannot be honoured, and for a length that the position table does not hold.
         """
+        config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        _refuse({} if config is None else vars(config))
+        _refuse(kwargs)
         if "past_buckets_states" in kwargs:
             cache = kwargs.pop("past_buckets_states")
             if cache is not None and kwargs.get("past_key_values") not in (None, cache):
@@ -93,7 +94,6 @@ class CachedGeneration:
         if isinstance(prompt, Tensor) and prompt.dim() >= 2:
             if kwargs.get("position_ids") is not None:
                 kwargs["position_ids"] = _positions_of_all(kwargs["position_ids"], prompt)
-            config = args[1] if len(args) > 1 else kwargs.get("generation_config")
             self._check_length(prompt, config or self.generation_config, kwargs)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
@@ -131,7 +131,9 @@ class CachedGeneration:
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        _check_config(generation_config)
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation must be None or 'dynamic' for a Reformer; got {kind!r}")
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             self.reformer.check_cache(None, cache)
