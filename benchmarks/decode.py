@@ -177,9 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS), help="tokens of the prompts")
     parser.add_argument("--steps", type=int, default=1100, help="tokens of ours to time at each (merges count)")
-    parser.add_argument(
-        "--prefill", type=int, nargs=2, help="one prefill: tokens, and how many at a time (0: all)"
-    )
+    parser.add_argument("--prefill", type=int, nargs=2, help="one prefill: tokens, and how many at a time (0: all)")
     arguments = parser.parse_args()
     if arguments.prefill:
         context, chunk_size = arguments.prefill
