@@ -72,19 +72,18 @@ class Fill:
         return torch.cat([key_BTHD[sequence, index], value_BTHD[sequence, index]], dim=-1).detach().transpose(0, 1)
 
 
+def room_for(like_BTHD: Tensor, batch_size: int, capacity: int) -> Tensor:
+    """Return room for keys and values, ``[B, H, capacity, 2D]``, in the dtype and on the device of ``like``."""
+    H, D = like_BTHD.shape[-2:]
+    with ordinary_tensors():
+        return like_BTHD.new_zeros(batch_size, H, capacity, 2 * D)
+
+
 class KeyValues:
     """Keys and values side by side, ``[B, H, T, 2D]``: one write, one gather and one growth serve both."""
 
     def __init__(self) -> None:
         self.storage: Tensor | None = None
-
-    def allocate(self, like_BTHD: Tensor, batch_size: int, capacity: int) -> Tensor:
-        """Make the storage, in dtype and on the device of ``like``, unless it is there."""
-        if self.storage is None:
-            H, D = like_BTHD.shape[-2:]
-            with ordinary_tensors():
-                self.storage = like_BTHD.new_zeros(batch_size, H, capacity, 2 * D)
-        return self.storage
 
     @property
     def keys(self) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_reformer.layers.decode_step import Step
-from flash_reformer.layers.decode_storage import Fill, KeyValues, capacity_for, write
+from flash_reformer.layers.decode_storage import Fill, KeyValues, capacity_for, room_for, write
 
 
 class LocalState(KeyValues):
@@ -36,11 +36,9 @@ class LocalState(KeyValues):
     def _keep_from(self, row: int, length: int) -> int:
         """Return the first position to keep of a row: its window's, and one chunk more for ``crop``."""
         keep = self._start(length, self.num_chunks_before + 1)
-        return (
-            keep
-            if self.recorded_from is None
-            else min(keep, self._start(self.recorded_from[row], self.num_chunks_before))
-        )
+        if self.recorded_from is None:
+            return keep
+        return min(keep, self._start(self.recorded_from[row], self.num_chunks_before))
 
     def can_crop(self, lengths: Sequence[int]) -> bool:
         """Whether the windows of rows of these lengths are still there."""
@@ -54,25 +52,22 @@ class LocalState(KeyValues):
 
     def _make_room(self, like_BTHD: Tensor, lengths: Sequence[int], new: int) -> Tensor:
         """Have room for ``new`` more tokens after ``lengths`` in every row."""
-        fresh = self.storage is None
-        if fresh:
-            self.base = [self._keep_from(row, length) for row, length in enumerate(lengths)]
-        ends = [length + new - base for length, base in zip(lengths, self.base, strict=True)]
         old = self.storage
-        if old is not None and max(ends) <= old.shape[2]:
-            return old
+        if old is not None:
+            ends = [length + new - base for length, base in zip(lengths, self.base, strict=True)]
+            if max(ends) <= old.shape[2]:
+                return old
         base = [self._keep_from(row, length) for row, length in enumerate(lengths)]
         if old is not None:
             # After a crop less is there than one would keep, though no less than the window.
             base = [max(pair) for pair in zip(base, self.base, strict=True)]
         needed = max(length + new - start for length, start in zip(lengths, base, strict=True))
         window = 0 if self.chunk_length is None else (self.num_chunks_before + 2) * self.chunk_length
-        self.storage = None
-        storage = self.allocate(like_BTHD, len(lengths), window if needed <= window else capacity_for(needed))
+        storage = room_for(like_BTHD, len(lengths), window if needed <= window else capacity_for(needed))
         if old is not None:
             for row, (before, after, length) in enumerate(zip(self.base, base, lengths, strict=True)):
                 storage[row, :, : length - after] = old[row, :, after - before : length - before]
-        self.base = base
+        self.storage, self.base = storage, base
         return storage
 
     def fill(self, key_BTHD: Tensor, value_BTHD: Tensor, fill: Fill) -> None:

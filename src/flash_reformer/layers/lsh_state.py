@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flash_reformer import functional
 from flash_reformer.layers.decode_step import Factors, Span, Step
-from flash_reformer.layers.decode_storage import Fill, KeyValues, capacity_for, grow, ordinary_tensors, write
+from flash_reformer.layers.decode_storage import Fill, KeyValues, capacity_for, grow, ordinary_tensors, room_for, write
 
 #: Bounds on how many recent positions may stand beside an order before they are merged into it.
 _FEWEST_RECENT, _MOST_RECENT = 32, 1024
@@ -42,12 +42,11 @@ class LSHState(KeyValues):
         self.rotations: dict[Factors, Tensor] = {}
 
     def _make_room(self, like_BTHD: Tensor, batch_size: int, needed: int) -> Tensor:
-        storage = self.allocate(like_BTHD, batch_size, capacity_for(needed))
-        if not self.hashed:
+        if self.storage is None:
+            self.storage = room_for(like_BTHD, batch_size, capacity_for(needed))
             self.hashed, self.indexed, self.factors = [0] * batch_size, [0] * batch_size, [None] * batch_size
-        if needed > storage.shape[2]:
-            storage = self.storage = grow(storage, needed, 2)
-        return storage
+        self.storage = grow(self.storage, needed, 2)
+        return self.storage
 
     def _make_index_room(self, num_hashes: int, factors: Sequence[Factors], needed: int) -> None:
         """Have room for buckets and order of ``needed`` positions and for the widest of these bucket counts."""
