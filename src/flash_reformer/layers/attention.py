@@ -159,10 +159,8 @@ class LSHSelfAttention(nn.Module):
             if not self.window["allow_duplicate_attention"]:
                 positions_BHMX, visible_BHMX = functional.without_repeats(positions_BHMX, visible_BHMX)
             # Its own key and value come last.
-            own_X1 = (
-                step.once(("after", start, stop, span.rows), lambda: step.lengths_after(start, stop, span.rows)) - 1
-            )
-            own_BHM1 = own_X1[:, None, :, None].expand(*positions_BHMX.shape[:3], 1)
+            own_XM = step.lengths_after(start, stop, span.rows) - 1
+            own_BHM1 = own_XM[:, None, :, None].expand(*positions_BHMX.shape[:3], 1)
             positions_BHMX = torch.cat([positions_BHMX, own_BHM1], dim=-1)
             visible_BHMX = torch.nn.functional.pad(visible_BHMX, (0, 1))
             key_BHMXD, value_BHMXD = state.gather(positions_BHMX, span, step)
@@ -190,7 +188,7 @@ class LSHSelfAttention(nn.Module):
             dtype = functional.softmax_dtype(query_BMHD.dtype)
             return functional.exact_bias(positions_1U, lengths_XM, exclude_self=True, dtype=dtype)
 
-        bias_XMU = step.once(("exact", True, start, stop, span.rows, upto), bias)
+        bias_XMU = step.once(("exact", start, stop, span.rows, upto), bias)
         return functional.attend_with_bias(query_BMHD, key_BHUD, value_BHUD, bias_XMU, head_mask_H)
 
     def probs(self, hidden_BTE: Tensor, call: Call, head_mask_H: Tensor | None, record: Record) -> Tensor:
