@@ -127,19 +127,27 @@ def race(our_model: Any, their_model: Any, context: int, steps: int, their_steps
 
 
 def batches(model: Any, context: int, steps: int) -> dict[str, Any]:
-    """Measure one row against several, steps in turn."""
+    """Measure one row against several, of one length and of as many lengths, steps in turn."""
     prompt = torch.randint(320, (BATCH, context), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(prompt)
+    for row in range(BATCH):
+        mask[row, : row * context // (2 * BATCH)] = 0
     one, many = ours(model, prompt[:1]), ours(model, prompt)
-    for decoder in (one, many):
+    padded = Decoder(
+        lambda ids, more: model(ids, logits_to_keep=1, **more), prompt, {"use_cache": True, "attention_mask": mask}
+    )
+    for decoder in (one, many, padded):
         decoder.step(record=False)
     for _ in range(steps):
-        one.step()
-        many.step()
+        for decoder in (one, many, padded):
+            decoder.step()
     return {
         "context": context,
         "one_ms": round(one.step_ms, 3),
         f"batch_{BATCH}_ms": round(many.step_ms, 3),
+        f"padded_{BATCH}_ms": round(padded.step_ms, 3),
         "ratio": round(many.step_ms / one.step_ms, 2),
+        "padded_ratio": round(padded.step_ms / one.step_ms, 2),
     }
 
 
@@ -202,7 +210,10 @@ def main() -> None:
         batch = batches(our_model, BATCH_CONTEXT, arguments.steps)
     flat = rows[-1]["step_ms"] / rows[0]["step_ms"]
     print(f"{rows[-1]['context']} costs {flat:.2f} times {rows[0]['context']}")
-    print(f"batch {BATCH} costs {batch['ratio']} times batch 1 at {batch['context']}")
+    print(
+        f"batch {BATCH} costs {batch['ratio']} times batch 1 at {batch['context']}, "
+        f"with rows of different lengths {batch['padded_ratio']} times"
+    )
     result = {"rows": rows, "longest_over_shortest": round(flat, 2), "batch": batch, "prefill": prefills()}
     print(json.dumps(result))
 
