@@ -36,7 +36,7 @@ def test_the_cache_is_one_of_transformers():
     assert cache.nbytes > 0
     cache.reset()
     assert (cache.get_seq_length(), cache.batch_size, cache.is_initialized, bool(cache)) == (0, -1, False, True)
-    with pytest.raises(NotImplementedError, match="forward"):
+    with pytest.raises(TypeError, match="forward"):
         cache.update(keys, values, 0)
 
 
@@ -132,3 +132,37 @@ def test_rows_of_different_lengths_reach_the_end_of_the_table_together():
         with pytest.raises(ValueError, match="position table"):
             model(tokens[:, :1], past_key_values=cache)
         assert cache.lengths == [24, 24]
+
+
+def test_more_buckets_than_16_bits_hold():
+    """65,536 buckets: ids of 32 bits, and two bytes more per head, round and position."""
+    model = without_end(attn_layers=["local", "lsh"], num_buckets=[256, 256], num_hashes=2).double()
+    tokens = ids(1, 60)[0]
+    cache, _ = start(model, tokens[:7])
+    for t in range(7, 60):
+        with torch.no_grad():
+            expected = model(tokens[: t + 1].view(1, -1), use_cache=False).logits[0, -1, 3:]
+        assert torch.allclose(step(model, cache, tokens[t])[3:], expected, rtol=0, atol=1e-9)
+    assert cache.states[1].buckets.dtype == torch.int32
+    assert cache.states[1].buckets.max() > 32_767
+
+
+@pytest.mark.parametrize("field", ["num_buckets", "hash_seed"])
+def test_a_configuration_changed_under_a_cache_is_noticed(field):
+    model = without_end(attn_layers=DEEP)
+    cache, _ = start(model, ids(1, 13)[0])
+    before = getattr(model.config, field)
+    setattr(model.config, field, 8)
+    with pytest.raises(ValueError, match=field):
+        step(model, cache, [5])
+    setattr(model.config, field, before)
+    step(model, cache, [5])
+    assert cache.get_seq_length() == 14
+
+
+@pytest.mark.parametrize("number", [True, 1.0, "1", None])
+def test_only_integers_crop(number):
+    cache, _ = start(without_end(), ids(1, 13)[0])
+    with pytest.raises(TypeError, match="tokens_to_remove"):
+        cache.crop(number)
+    assert cache.get_seq_length() == 13

@@ -46,6 +46,9 @@ _LAYOUT = (
 )
 
 
+_READ_BY_FORWARDS = ("hash_seed", "num_buckets")
+
+
 def _layout(config: ReformerConfig) -> dict[str, Any]:
     return {name: copy.deepcopy(getattr(config, name)) for name in _LAYOUT}
 
@@ -136,8 +139,8 @@ class ReformerCache(Cache):
     def check_model(self, model: Any, config: ReformerConfig, context: tuple[Any, ...]) -> None:
         """Raise ``ValueError`` unless this cache is (or may become) this model's, as it is now."""
         owner = None if self._model is None else self._model()
-        if owner is not model or self.columns == 0:
-            self._check_layout(config)
+        # Of a model that has filled it, only what forwards read from the configuration can have changed.
+        self._check_layout(config, _LAYOUT if owner is not model or self.columns == 0 else _READ_BY_FORWARDS)
         if self.columns == 0:
             return
         if self._model is not None and owner is not model:
@@ -147,14 +150,19 @@ class ReformerCache(Cache):
                 f"past_key_values was filled with (dtype, device, autocast) {self.context}; this call has {context}"
             )
 
-    def _check_layout(self, config: ReformerConfig) -> None:
-        wrong = [name for name, value in _layout(config).items() if value != self._agreed[name]]
+    def _check_layout(self, config: ReformerConfig, names: Sequence[str]) -> None:
+        wrong = [name for name in names if getattr(config, name) != self._agreed[name]]
         if wrong:
             name = wrong[0]
             raise ValueError(
                 f"past_key_values is the cache of another configuration: {name} is {self._agreed[name]!r} there and "
                 f"{getattr(config, name)!r} here"
             )
+
+    def check_rounds(self, num_hashes: int | None) -> None:
+        """Raise ``ValueError`` if a step asks for other rounds than the cache was made with."""
+        if num_hashes is not None and num_hashes != self.num_hashes:
+            raise ValueError(f"num_hashes must be None or that of the cache, {self.num_hashes}; got {num_hashes}")
 
     def own(self, model: Any) -> None:
         """Remember who fills the cache."""
@@ -247,7 +255,7 @@ class ReformerCache(Cache):
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: keys and values enter with the bucket order, by the model's forward."""
-        raise NotImplementedError("a ReformerCache is filled by the model's forward")
+        raise TypeError("a ReformerCache is filled by the model's forward, not by update")
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -272,9 +280,12 @@ class ReformerCache(Cache):
         """
         try:
             # A tensor of one number, too: assisted decoding counts on the device.
-            tokens_to_remove = operator.index(tokens_to_remove)
+            number = operator.index(tokens_to_remove)
         except TypeError:
-            raise TypeError(f"tokens_to_remove must be an integer; got {tokens_to_remove!r}") from None
+            number = None
+        if number is None or isinstance(tokens_to_remove, bool):
+            raise TypeError(f"tokens_to_remove must be an integer; got {tokens_to_remove!r}")
+        tokens_to_remove = number
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns - tokens_to_remove)
         if removed > self.columns:
             raise ValueError(f"tokens_to_remove asks for {removed} columns less, but the cache holds {self.columns}")

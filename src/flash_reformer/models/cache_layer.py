@@ -74,12 +74,12 @@ class ReformerCacheLayer(CacheLayerMixin):
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         """What would change one layer alone: the others, and the cache's counts, would not follow."""
-        raise NotImplementedError("call this method of the ReformerCache, not of one of its layers")
+        raise TypeError("call this method of the ReformerCache, not of one of its layers")
 
     reset = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = offload = prefetch = _refuse
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise NotImplementedError("a ReformerCache is filled by the model's forward")
+        raise TypeError("a ReformerCache is filled by the model's forward")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("a ReformerCache is filled by the model's forward")
+        raise TypeError("a ReformerCache is filled by the model's forward")

@@ -40,6 +40,12 @@ class Compact:
         # Tokens first, each kind in its order.
         return Compact(counts, torch.sort(~mask_BT, dim=1, stable=True).indices[:, : max([*counts, 1])])
 
+    def checked(self, what: str) -> Compact:
+        """Return it; raise ``ValueError`` if a row has no token."""
+        if 0 in self.counts:
+            raise ValueError(f"attention_mask must leave every row a {what}; row {self.counts.index(0)} has none")
+        return self
+
     def mask_of(self, inputs: door.Inputs) -> Tensor | None:
         """Return the mask that this was read from; None where every column is a token."""
         return None if self.places is None else inputs.mask_BT
@@ -176,8 +182,7 @@ class CachedForwards:
     ) -> tuple[Tensor, list[Tensor], list[int]]:
         """Run new tokens, compact, and return their hidden states and the rows' new offsets. Commits nothing."""
         config, counts = self.config, compact.counts
-        if num_hashes is not None and num_hashes != cache.num_hashes:
-            raise ValueError(f"num_hashes must be None or that of the cache, {cache.num_hashes}; got {num_hashes}")
+        cache.check_rounds(num_hashes)
         given = compact.take(inputs.given)
         new = given.shape[1]
         positions_XT, offsets = self._positions_of(cache, inputs, compact, new)
@@ -238,9 +243,7 @@ class CachedForwards:
         ``chunk_size`` runs only so many of a row's tokens by a full forward and the others by steps of so many.
         """
         columns = inputs.length
-        compact = Compact.of(inputs.mask_BT, inputs.batch_size, columns)
-        if 0 in compact.counts:
-            raise ValueError(f"attention_mask must leave every row a token; row {compact.counts.index(0)} has none")
+        compact = Compact.of(inputs.mask_BT, inputs.batch_size, columns).checked("token")
         with cache.filling():
             self._begin(cache, num_hashes, columns, compact.counts)
             firsts = [min(count, chunk_size or count) for count in compact.counts]
@@ -318,11 +321,8 @@ class CachedForwards:
         self: Any, cache: ReformerCache, inputs: door.Inputs, num_hashes: int | None, chunk_size: int | None
     ) -> Tensor:
         """Go on from a filled cache and return ``[B, 1, 2E]`` at each row's last new token."""
-        compact = Compact.of(inputs.mask_BT, inputs.batch_size, inputs.length)
-        if 0 in compact.counts:
-            raise ValueError(f"attention_mask must leave every row a new token; row {compact.counts.index(0)} has none")
-        if num_hashes is not None and num_hashes != cache.num_hashes:
-            raise ValueError(f"num_hashes must be None or that of the cache, {cache.num_hashes}; got {num_hashes}")
+        compact = Compact.of(inputs.mask_BT, inputs.batch_size, inputs.length).checked("new token")
+        cache.check_rounds(num_hashes)
         none = [0] * inputs.batch_size
         # All of it, before the first piece changes anything.
         self._positions_of(cache, inputs, compact, 1)

@@ -80,13 +80,9 @@ class CachedGeneration:
         config = args[1] if len(args) > 1 else kwargs.get("generation_config")
         _refuse({} if config is None else vars(config))
         _refuse(kwargs)
-        if "past_buckets_states" in kwargs:
-            cache = kwargs.pop("past_buckets_states")
-            if cache is not None and kwargs.get("past_key_values") not in (None, cache):
-                raise ValueError("past_buckets_states and past_key_values are two names of one thing: give one")
-            kwargs["past_key_values"] = cache if cache is not None else kwargs.get("past_key_values")
-        if kwargs.get("past_key_values") is not None:
-            self.reformer.check_cache(None, kwargs["past_key_values"])
+        cache = self.reformer.check_cache(kwargs.pop("past_buckets_states", None), kwargs.get("past_key_values"))
+        if cache is not None:
+            kwargs["past_key_values"] = cache
             if kwargs.get("use_cache") is False:
                 raise ValueError("use_cache=False contradicts past_key_values: a cache that is given is used")
         prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
@@ -263,8 +259,9 @@ class CachedGeneration:
         if past_key_values is None:
             return {**model_inputs, "input_ids": input_ids, "position_ids": position_ids}
         cached = past_key_values.columns
-        whole = inputs_embeds is not None and is_first_iteration
-        given = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
+        name, given = "input_ids", input_ids
+        if inputs_embeds is not None and is_first_iteration:
+            name, given = "inputs_embeds", inputs_embeds
         if (
             cached
             and is_first_iteration
@@ -283,7 +280,7 @@ class CachedGeneration:
             model_inputs["position_ids"] = position_ids[:, -given.shape[1] :]
         return {
             **model_inputs,
-            "inputs_embeds" if whole else "input_ids": given,
+            name: given,
             "past_key_values": past_key_values,
             "logits_to_keep": logits_to_keep or 1,
         }
@@ -340,9 +337,7 @@ class CachedGeneration:
         Rows with equally many tokens share a forward. Every forward starts from the same state of the default
         generator, so a row meets the same random rotations whatever the other rows are; the state moves on once.
         """
-        compact = Compact.of(inputs.mask_BT, inputs.batch_size, inputs.length)
-        if 0 in compact.counts:
-            raise ValueError(f"attention_mask must leave every row a token; row {compact.counts.index(0)} has none")
+        compact = Compact.of(inputs.mask_BT, inputs.batch_size, inputs.length).checked("token")
         tokens = compact.take(inputs.given)
         positions = inputs.position_ids
         positions = None if positions is None else compact.take(positions).expand(len(compact.counts), -1)
