@@ -1,7 +1,7 @@
 """What a layer keeps of the tokens it has seen, so that the next one costs no more than its window.
 
-Nothing counts that lies beyond a row's length, as the cache knows it, so a forward that fails half-way leaves a cache
-as it was. Storage grows by a quarter at a time: a token's share of the copying is constant.
+Nothing counts that lies beyond a row's length, as the cache knows it, so a step that fails half-way leaves a cache as
+it was. Storage grows by a quarter at a time: a token's share of the copying is constant.
 
 Letters: B batch, H heads, R rounds, D head size, T positions, X any trailing shape.
 """
