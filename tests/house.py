@@ -39,8 +39,9 @@ ROOMS = {
     "kernels/cpu": _room("", "torch numpy"),
     "kernels/triton": _room("", "torch triton"),
     "functional": _room("ops", "torch", lazily="kernels kernels/cpu kernels/triton"),
-    "heap": _room("", "torch"),
-    "reversible": _room("heap", "torch"),
+    "buffers": _room("", "torch"),
+    "residual": _room("buffers", "torch"),
+    "reversible": _room("buffers residual", "torch"),
     "layers": _room("functional reversible", "torch"),
     "models": _room("layers functional", "torch transformers"),
     "distributed": _room("functional reversible layers", "torch"),
@@ -275,8 +276,14 @@ def purity(package: Path) -> list[str]:
                 found.append(source.at(node, "knows nn.Module"))
             if isinstance(node, ast.Call) and _is_globally_random(node):
                 found.append(source.at(node, f"uses the global generator ({ast.unparse(node.func)})"))
-        found += [source.at(node, f"writes to its input {name}") for node, name in _written_inputs(source.tree)]
+        if not _is_workings(source):
+            found += [source.at(node, f"writes to its input {name}") for node, name in _written_inputs(source.tree)]
     return found
+
+
+def _is_workings(source: Source) -> bool:
+    """Whether a file is private to a room of kernels: its functions hand each other buffers to write to."""
+    return source.room.startswith("kernels/") and source.path.stem.startswith("_") and source.path.stem != "__init__"
 
 
 def _is_globally_random(call: ast.Call) -> bool:
@@ -340,7 +347,7 @@ def kernel_twins(package: Path) -> list[str]:
     ops = {source.path.stem: _signatures(source) for source in every if source.room == "ops"}
     found = []
     for source in every:
-        if not source.room.startswith("kernels/") or source.path.stem == "__init__":
+        if not source.room.startswith("kernels/") or source.path.stem == "__init__" or _is_workings(source):
             continue
         for name, (node, signature) in _signatures(source).items():
             twin = ops.get(source.path.stem, {}).get(name)

@@ -1,24 +1,39 @@
 """Which implementation runs: the only file that knows both ``ops`` and ``kernels``.
 
 Each function has the signature of its definition in ``ops`` plus ``backend``. The choice rests on the arguments
-alone, never on the environment or on import time, and an explicit backend that cannot run raises.
+alone, never on the environment or on import time, and an explicit backend that cannot run raises. Nothing is routed
+from a kernel back to a definition behind one's back: what a backend takes, it takes with every option.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flash_reformer.ops import attention as _attention
 from flash_reformer.ops import decoding as _decoding
 from flash_reformer.ops import hashing as _hashing
+from flash_reformer.ops import linear as _linear
 from flash_reformer.ops import loss as _loss
+from flash_reformer.ops import randomness as _randomness
 from flash_reformer.ops import sorting as _sorting
 
-#: ``"auto"`` takes the fastest that can run, ``"reference"`` the definition in ``ops``. Faster ones join this list
-#: as they are built.
-BACKENDS = ("auto", "reference")
+#: ``"auto"`` takes the fastest that can run, ``"reference"`` the definitions in ``ops``, ``"cpu"`` the kernels for a
+#: CPU. Faster ones join this list as they are built.
+BACKENDS = ("auto", "reference", "cpu")
+
+#: What the kernels for CPUs take, any option of theirs included.
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: Multiplications below which a linear map is better done by BLAS than by oneDNN's convolutions.
+_FEW_MULTIPLICATIONS = 2**23
+
+#: Up to how many tokens exact attention is faster than LSH attention, per backend, by hash rounds (the last one for
+#: more). Measured for forward and backward of one layer, chunks of 64, 4 heads of size 64, by
+#: ``python -m benchmarks.crossover``.
+FULL_ATTENTION_BELOW = {"cpu": (512, 1024, 1536, 2048), "reference": (512, 1024, 1536, 2048)}
 
 
 def check_backend(backend: str) -> str:
@@ -28,9 +43,34 @@ def check_backend(backend: str) -> str:
     return backend
 
 
+def backend_for(x: Tensor, backend: str = "auto") -> str:
+    """Return what runs on a tensor like ``x``: ``"reference"`` or ``"cpu"``.
+
+    Raises:
+        ValueError: for an unknown backend, or one that cannot run on this device or dtype.
+    """
+    check_backend(backend)
+    if backend == "reference":
+        return backend
+    runs = x.device.type == "cpu" and x.dtype in _CPU_DTYPES
+    if backend == "cpu" and not runs:
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in _CPU_DTYPES)
+        raise ValueError(
+            f"backend='cpu' runs on CPU tensors of dtype {dtypes}; got {str(x.dtype).removeprefix('torch.')} on "
+            f"{x.device}"
+        )
+    return "cpu" if runs else "reference"
+
+
+def full_attention_below(x: Tensor, num_hashes: int, backend: str = "auto") -> int:
+    """Return what ``full_attention_below="auto"`` means on tensors like ``x``; see :data:`FULL_ATTENTION_BELOW`."""
+    by_rounds = FULL_ATTENTION_BELOW[backend_for(x, backend)]
+    return by_rounds[min(num_hashes, len(by_rounds)) - 1]
+
+
 # Not heavy, but decided by arguments alone: one definition serves every backend.
 automatic_num_buckets = _hashing.automatic_num_buckets
-derive_seed = _hashing.derive_seed
+derive_seed = _randomness.derive_seed
 draw_rotations = _hashing.draw_rotations
 normalize_keys = _attention.normalize_keys
 lsh_probs = _attention.lsh_probs
@@ -55,31 +95,82 @@ attend_to_windows = _decoding.attend_to_windows
 softmax_dtype = _attention.softmax_dtype
 
 
-def hash_vectors(*args: Any, backend: str = "auto", **kwargs: Any) -> Tensor:
+def hash_vectors(vectors_BTHD: Tensor, *args: Any, backend: str = "auto", **kwargs: Any) -> Tensor:
     """See :func:`flash_reformer.ops.hashing.hash_vectors`."""
-    check_backend(backend)
-    return _hashing.hash_vectors(*args, **kwargs)
+    if backend_for(vectors_BTHD, backend) == "cpu":
+        from flash_reformer.kernels.cpu import hashing
+
+        return hashing.hash_vectors(vectors_BTHD, *args, **kwargs)
+    return _hashing.hash_vectors(vectors_BTHD, *args, **kwargs)
 
 
-def sort_positions(*args: Any, backend: str = "auto", **kwargs: Any) -> Tensor:
+def sort_positions(buckets_BHRT: Tensor, *, backend: str = "auto") -> Tensor:
     """See :func:`flash_reformer.ops.sorting.sort_positions`."""
     check_backend(backend)
-    return _sorting.sort_positions(*args, **kwargs)
+    if backend == "cpu" and buckets_BHRT.device.type != "cpu":
+        raise ValueError(f"backend='cpu' runs on CPU tensors; got one on {buckets_BHRT.device}")
+    if backend != "reference" and buckets_BHRT.device.type == "cpu":
+        from flash_reformer.kernels.cpu import sorting
+
+        return sorting.sort_positions(buckets_BHRT)
+    return _sorting.sort_positions(buckets_BHRT)
 
 
-def lsh_attention(*args: Any, backend: str = "auto", **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """See :func:`flash_reformer.ops.attention.lsh_attention`."""
-    check_backend(backend)
-    return _attention.lsh_attention(*args, **kwargs)
+def lsh_attention(qk_BTHD: Tensor, *args: Any, backend: str = "auto", **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """See :func:`flash_reformer.ops.attention.lsh_attention`. Gradients flow through the output, not the lse."""
+    if backend_for(qk_BTHD, backend) == "cpu":
+        from flash_reformer.kernels.cpu import attention
+
+        return attention.lsh_attention(qk_BTHD, *args, **kwargs)
+    return _attention.lsh_attention(qk_BTHD, *args, **kwargs)
 
 
-def local_attention(*args: Any, backend: str = "auto", **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """See :func:`flash_reformer.ops.attention.local_attention`."""
-    check_backend(backend)
-    return _attention.local_attention(*args, **kwargs)
+def local_attention(query_BTHD: Tensor, *args: Any, backend: str = "auto", **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """See :func:`flash_reformer.ops.attention.local_attention`. Gradients flow through the output, not the lse."""
+    if backend_for(query_BTHD, backend) == "cpu":
+        from flash_reformer.kernels.cpu import attention
+
+        return attention.local_attention(query_BTHD, *args, **kwargs)
+    return _attention.local_attention(query_BTHD, *args, **kwargs)
 
 
-def exact_attention(*args: Any, backend: str = "auto", **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """See :func:`flash_reformer.ops.attention.exact_attention`."""
-    check_backend(backend)
-    return _attention.exact_attention(*args, **kwargs)
+def exact_attention(query_BTHD: Tensor, *args: Any, backend: str = "auto", **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """See :func:`flash_reformer.ops.attention.exact_attention`. Gradients flow through the output, not the lse."""
+    if backend_for(query_BTHD, backend) == "cpu":
+        from flash_reformer.kernels.cpu import attention
+
+        return attention.exact_attention(query_BTHD, *args, **kwargs)
+    return _attention.exact_attention(query_BTHD, *args, **kwargs)
+
+
+def dropout(x_XW: Tensor, p: float, seed: Tensor, *, backend: str = "auto") -> Tensor:
+    """See :func:`flash_reformer.ops.randomness.dropout`."""
+    if backend_for(x_XW, backend) == "cpu":
+        from flash_reformer.kernels.cpu import randomness
+
+        return randomness.dropout(x_XW, p, seed)
+    return _randomness.dropout(x_XW, p, seed)
+
+
+def linear(x_XI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """See :func:`flash_reformer.ops.linear.linear`.
+
+    The kernel takes plain fp32 weights and enough rows to be worth it. Quantised or sharded weights, autocast, other
+    dtypes and compilers, which choose for themselves, get torch's own.
+    """
+    chosen = backend_for(x_XI, backend)
+    if chosen == "cpu" and _suits_convolution(x_XI, weight_OI):
+        from flash_reformer.kernels.cpu import linear as kernel
+
+        return kernel.linear(x_XI, weight_OI, bias_O)
+    return _linear.linear(x_XI, weight_OI, bias_O)
+
+
+def _suits_convolution(x_XI: Tensor, weight_OI: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and type(weight_OI) in (Tensor, torch.nn.Parameter)
+        and x_XI.dtype == weight_OI.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and math.prod(x_XI.shape[:-1]) * weight_OI.numel() >= _FEW_MULTIPLICATIONS
+    )

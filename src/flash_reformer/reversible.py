@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flash_reformer.heap import tidy_heap
+from flash_reformer.buffers import lasting_like, release
+from flash_reformer.residual import add, add_in_pieces
 
 #: What a branch decided in its forward and must not decide again in its recomputation (hash buckets, say).
 Record = tuple[Tensor, ...]
@@ -59,24 +60,6 @@ def start(x: Tensor, *, exact: bool) -> Streams:
     nothing = torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
     # Two views: each stream's gradient is summed by itself, in the order in which a reversible chain sums it.
     return Streams(x.view_as(x), x.view_as(x), nothing, nothing)
-
-
-def add(x: Tensor, low: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return ``x + low + value`` rounded to x's dtype, and as its low part what that rounding lost.
-
-    Gradients pass as through ``x + value``: the low parts are constants.
-    """
-    total = x + value
-    if low is None:
-        return total, None
-    with torch.no_grad():
-        # Two-sum: x - (total - back) + (value - back) is exactly what ``total`` misses.
-        back = total - x
-        lost = (x - (total - back)).add_(value.to(total.dtype).sub(back)).add_(low)
-    result = total + lost
-    with torch.no_grad():
-        lost.sub_(result - total)
-    return result, lost
 
 
 @dataclass(frozen=True)
@@ -165,20 +148,18 @@ class _Block(torch.autograd.Function):
         ctx.before_f = _Surroundings.capture(x1.device)
         with ctx.before_f.autocasting():
             value, record = f(x2)
-            y1, low_y1 = add(x1, low1, value)
+            y1, low_y1 = add_in_pieces(x1, low1, value)
             del value
             ctx.before_g = _Surroundings.capture(x1.device)
-            y2, low_y2 = add(x2, low2, g(y1)[0])
+            y2, low_y2 = add_in_pieces(x2, low2, g(y1)[0])
         # Copied now that the branches' temporaries are gone, for the reason that _LeafGradients gives.
         record = tuple(tensor.clone() for tensor in record)
         # The explicit inputs are saved only for autograd's check that nobody changes them before the recomputation.
         ctx.save_for_backward(*record, *tensors[8:])
         ctx.num_records = len(record)
         ctx.leaves = tensors[8 + len(f.sides) + len(g.sides) :]
-        assert low_y1 is not None and low_y2 is not None
         ctx.mark_non_differentiable(low_y1, low_y2)
         ctx.set_materialize_grads(False)
-        tidy_heap(y1)
         return y1, y2, low_y1, low_y2, *(c.view_as(c) for c in channel)
 
     @staticmethod
@@ -207,7 +188,8 @@ class _Block(torch.autograd.Function):
             x2, low2, d1 = _undo(g, None, at=y1, out=y2, low=low2, d_at=d1, d_out=d2, grads=grads)
         with ctx.before_f.restore():
             x1, low1, d2 = _undo(f, record, at=x2, out=y1, low=low1, d_at=d2, d_out=d1, grads=grads)
-        tidy_heap(x1)
+        for tensor in (x1, x2, low1, low2):
+            tensor._rebuilt = True  # type: ignore[attr-defined]
         return None, None, None, d1, d2, None, None, x1, x2, low1, low2, *grads.sums
 
 
@@ -270,17 +252,20 @@ def _undo(
     grads: _LeafGradients,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Undo ``out = in + branch(at)``: return ``in``, its low part and the gradient of ``at``, ``d_at`` included."""
-    undone, undone_low, d_undone = torch.empty_like(out), torch.empty_like(low), torch.empty_like(d_at)
+    # What the block above rebuilt is nobody else's and not needed again; what was stored may be.
+    undone, undone_low = (t if getattr(t, "_rebuilt", False) else lasting_like(t) for t in (out, low))
+    d_undone = lasting_like(d_at)
     pieces = (branch.split(tensor) for tensor in (at, out, low, d_at, d_out, undone, undone_low, d_undone))
     for at_, out_, low_, d_at_, d_out_, undone_, undone_low_, d_undone_ in zip(*pieces, strict=True):
         with torch.enable_grad():
             leaf = at_.detach().requires_grad_()
             value, _ = branch.run(leaf, record, *branch.sides)
         d_leaf = grads.through(value, leaf, d_out_)
-        before, before_low = add(out_, low_, -value.detach())
-        undone_.copy_(before)
-        undone_low_.copy_(before_low)
-        d_undone_.copy_(d_at_ if d_leaf is None else d_at_ + d_leaf)
+        add_in_pieces(out_, low_, value.detach(), negated=True, out=(undone_, undone_low_))
+        if d_leaf is None:
+            d_undone_.copy_(d_at_)
+        else:
+            torch.add(d_at_, d_leaf, out=d_undone_)
     return undone, undone_low, d_undone
 
 
@@ -299,6 +284,7 @@ class _Open(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d1: Tensor, d2: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        release()
         return d1, d2, None, None, None
 
 
@@ -337,6 +323,7 @@ class _Close(torch.autograd.Function):
 def open_channel(streams: Streams) -> Streams:
     """Start a reversible chain at ``streams``, which must have low parts."""
     assert streams.low1 is not None and streams.low2 is not None, "start(x, exact=True) comes first"
+    release()
     token = torch.zeros((), device=streams.x1.device, requires_grad=True)
     x1, x2, *channel = _Open.apply(*streams[:4], token)
     return Streams(x1, x2, streams.low1, streams.low2, tuple(channel))

@@ -79,7 +79,7 @@ def make_call(**changes: Any) -> Call:
         "num_hashes": 2,
         "bucket_factors": (4,),
         "rotation_seed": None,
-        "seed": 17,
+        "seed": torch.tensor(17),
         "exact": False,
         "backend": "auto",
     }

@@ -89,7 +89,7 @@ def test_lsh_attention_under_every_mask(kind: str, options: dict[str, bool], cau
 
 def dropout_factors(seed: int, p: float, *shape: int) -> Tensor:
     """What dropout multiplies probabilities of this shape by, seen on ones."""
-    return attention.scale_probs(torch.ones(shape, dtype=torch.float64), None, p, seed)
+    return attention.scale_probs(torch.ones(shape, dtype=torch.float64), None, p, torch.tensor(seed))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "".join("ny"[x] for x in o.values()))
@@ -103,7 +103,9 @@ def test_lsh_attention_with_dropout_and_head_mask(options: dict[str, bool]) -> N
     factors = dropout_factors(11, 0.3, B, H, R * T // C, C, 3 * C)
     mask = make_mask("right", T)
     out, lse, _ = definitions.lsh_attention(qk, v, order, buckets, mask, head_mask, factors, **options)
-    actual = attention.lsh_attention(qk, v, order, buckets, mask, head_mask, **options, dropout_p=0.3, dropout_seed=11)
+    actual = attention.lsh_attention(
+        qk, v, order, buckets, mask, head_mask, **options, dropout_p=0.3, dropout_seed=torch.tensor(11)
+    )
     assert_close(actual[0], out, 1e-10, "out")
     assert_close(actual[1], lse, 1e-10, "lse")
     expected = gradients((out, lse), inputs)
@@ -132,7 +134,7 @@ def test_the_backward_identity_holds(options: dict[str, bool], dropout: bool) ->
         head_mask if dropout else None,
         **options,
         dropout_p=0.2 if dropout else 0.0,
-        dropout_seed=7,
+        dropout_seed=torch.tensor(7),
     )
     actual = torch.autograd.grad(out, list(inputs.values()), grad_out)
     with torch.no_grad():
@@ -169,7 +171,9 @@ def test_local_attention_with_dropout_and_head_mask(wrap_around: bool) -> None:
     query, key, v, head_mask = inputs.values()
     mask, factors = make_mask("left", T), dropout_factors(5, 0.4, B, H, T // C, C, 3 * C)
     out, lse, _ = definitions.local_attention(query, key, v, mask, head_mask, factors, **options)
-    actual = attention.local_attention(query, key, v, mask, head_mask, **options, dropout_p=0.4, dropout_seed=5)
+    actual = attention.local_attention(
+        query, key, v, mask, head_mask, **options, dropout_p=0.4, dropout_seed=torch.tensor(5)
+    )
     assert_close(actual[0], out, 1e-10, "out")
     assert_close(actual[1], lse, 1e-10, "lse")
     expected = gradients((out,), inputs)
@@ -210,7 +214,9 @@ def test_exact_attention_with_dropout_and_head_mask() -> None:
     expected, _, _ = definitions.plain_attention(
         query, key, v, definitions.exact_rows(11), None, head_mask, factors.unsqueeze(2), causal=True
     )
-    out, _ = attention.exact_attention(query, key, v, None, head_mask, causal=True, dropout_p=0.4, dropout_seed=5)
+    out, _ = attention.exact_attention(
+        query, key, v, None, head_mask, causal=True, dropout_p=0.4, dropout_seed=torch.tensor(5)
+    )
     assert_close(out, expected, 1e-10)
 
 
@@ -248,7 +254,7 @@ def test_gradcheck_lsh(options: dict[str, bool]) -> None:
     def call(qk: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         layout = {**window(2, 1, 0), **options}
         return attention.lsh_attention(
-            qk, v, order[:1, :1], buckets[:1, :1], **layout, causal=True, dropout_p=0.2, dropout_seed=3
+            qk, v, order[:1, :1], buckets[:1, :1], **layout, causal=True, dropout_p=0.2, dropout_seed=torch.tensor(3)
         )
 
     assert torch.autograd.gradcheck(call, (qk, v))
@@ -257,7 +263,8 @@ def test_gradcheck_lsh(options: dict[str, bool]) -> None:
 def test_gradcheck_local_exact_and_keys() -> None:
     query, key, v = (randn(1, 4, 1, 4, seed=seed).requires_grad_() for seed in range(3))
     assert torch.autograd.gradcheck(
-        lambda *x: attention.local_attention(*x, **window(2, 1, 1), dropout_p=0.2, dropout_seed=3), (query, key, v)
+        lambda *x: attention.local_attention(*x, **window(2, 1, 1), dropout_p=0.2, dropout_seed=torch.tensor(3)),
+        (query, key, v),
     )
     assert torch.autograd.gradcheck(lambda *x: attention.exact_attention(*x, causal=True), (query, key, v))
     assert torch.autograd.gradcheck(attention.normalize_keys, query)
@@ -285,7 +292,7 @@ def test_nothing_is_written_and_no_generator_moves() -> None:
     mask = make_mask("left", 12)
     assert mask is not None
     tensors = {"qk": qk, "v": v, "order": order, "buckets": buckets, "mask": mask, "head_mask": head_mask}
-    dropout = {"dropout_p": 0.5, "dropout_seed": 3}
+    dropout = {"dropout_p": 0.5, "dropout_seed": torch.tensor(3)}
     with untouched(**tensors):
         out, lse = attention.lsh_attention(*tensors.values(), **window(4, 1, 1), **OPTIONS[-1], **dropout)
         (out.sum() + lse.sum()).backward()

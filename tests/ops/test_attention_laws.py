@@ -99,16 +99,16 @@ def test_keys_are_unit_rows_whatever_the_scale(dtype: torch.dtype) -> None:
 def test_dropout_is_what_its_seed_and_rate_say() -> None:
     probs = torch.rand(B, H, 3, 40, 50, generator=torch.Generator().manual_seed(1)) + 0.5
     with untouched(probs=probs):
-        dropped = attention.scale_probs(probs, None, 0.25, 8)
+        dropped = attention.scale_probs(probs, None, 0.25, torch.tensor(8))
     kept = dropped != 0
     assert abs(kept.double().mean().item() - 0.75) < 0.01
     assert relative_error(dropped[kept], probs[kept] / 0.75) < 1e-6
-    assert torch.equal(attention.scale_probs(probs, None, 0.25, 8), dropped)
-    assert not torch.equal(attention.scale_probs(probs, None, 0.25, 9), dropped)
+    assert torch.equal(attention.scale_probs(probs, None, 0.25, torch.tensor(8)), dropped)
+    assert not torch.equal(attention.scale_probs(probs, None, 0.25, torch.tensor(9)), dropped)
     assert (kept[0] != kept[1]).any()
     assert (kept[:, 0] != kept[:, 1]).any()
     assert torch.equal(attention.scale_probs(probs, None, 0.0, None), probs)
-    assert (attention.scale_probs(probs, None, 1.0, 8) == 0).all(), "p = 1 keeps nothing, and is not NaN"
+    assert (attention.scale_probs(probs, None, 1.0, torch.tensor(8)) == 0).all(), "p = 1 keeps nothing, and is not NaN"
 
 
 def test_head_mask_scales_the_probabilities_of_its_head() -> None:
@@ -135,7 +135,7 @@ def test_every_option_changes_the_result() -> None:
         "chunk_length": {"chunk_length": 5},
         "mask": {"mask_BT": make_mask("right", 15)},
         "head_mask": {"head_mask_H": torch.tensor([0.5, 1.0, 0.0])},
-        "dropout": {"dropout_p": 0.5, "dropout_seed": 1},
+        "dropout": {"dropout_p": 0.5, "dropout_seed": torch.tensor(1)},
     }
     outputs = {}
     for name, change in variants.items():

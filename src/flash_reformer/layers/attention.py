@@ -16,6 +16,7 @@ from flash_reformer import functional
 from flash_reformer.layers.call import Call
 from flash_reformer.layers.decode_step import SHARED_BLOCK, WINDOW_BLOCK, Span, Step
 from flash_reformer.layers.decode_storage import Fill, ordinary_tensors
+from flash_reformer.layers.linear import Dropout, Linear
 from flash_reformer.layers.local_state import LocalState
 from flash_reformer.layers.lsh_state import LSHState
 from flash_reformer.layers.norm import LayerNorm
@@ -71,8 +72,8 @@ class LSHSelfAttention(nn.Module):
             "allow_duplicate_attention": config.lsh_allow_duplicate_attention,
         }
         all_head_size = config.num_attention_heads * config.attention_head_size
-        self.query_key = nn.Linear(config.hidden_size, all_head_size, bias=False)
-        self.value = nn.Linear(config.hidden_size, all_head_size, bias=False)
+        self.query_key = Linear(config.hidden_size, all_head_size, bias=False)
+        self.value = Linear(config.hidden_size, all_head_size, bias=False)
 
     def _project(self, hidden_BTE: Tensor) -> tuple[Tensor, Tensor]:
         heads = (self.num_attention_heads, self.attention_head_size)
@@ -225,9 +226,9 @@ class LocalSelfAttention(nn.Module):
             "wrap_around": config.wrap_around,
         }
         all_head_size = config.num_attention_heads * config.attention_head_size
-        self.query = nn.Linear(config.hidden_size, all_head_size, bias=False)
-        self.key = nn.Linear(config.hidden_size, all_head_size, bias=False)
-        self.value = nn.Linear(config.hidden_size, all_head_size, bias=False)
+        self.query = Linear(config.hidden_size, all_head_size, bias=False)
+        self.key = Linear(config.hidden_size, all_head_size, bias=False)
+        self.value = Linear(config.hidden_size, all_head_size, bias=False)
 
     def _split_heads(self, x_BTX: Tensor) -> Tensor:
         return x_BTX.unflatten(-1, (self.num_attention_heads, self.attention_head_size))
@@ -301,8 +302,8 @@ class ReformerSelfOutput(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         all_head_size = config.num_attention_heads * config.attention_head_size
-        self.dense = nn.Linear(all_head_size, config.hidden_size, bias=False)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dense = Linear(all_head_size, config.hidden_size, bias=False)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_BTX: Tensor) -> Tensor:
         """Map ``[B, T, H*D]`` to ``[B, T, E]``."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flash_reformer.layers.attention import ReformerAttention
 from flash_reformer.layers.call import Call
 from flash_reformer.layers.decode_step import Step
+from flash_reformer.layers.linear import Dropout, Linear
 from flash_reformer.layers.norm import LayerNorm
 from flash_reformer.reversible import Branch, Record, Streams, plain_block, reversible_block
 
@@ -21,8 +22,8 @@ class ReformerFeedForwardDense(nn.Module):
 
     def __init__(self, config: Any, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.feed_forward_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dense = Linear(config.hidden_size, config.feed_forward_size)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.act_fn = activation
 
     def forward(self, hidden_BTE: Tensor) -> Tensor:
@@ -43,8 +44,8 @@ class ReformerFeedForwardOutput(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.feed_forward_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dense = Linear(config.feed_forward_size, config.hidden_size)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_BTX: Tensor) -> Tensor:
         """Map ``[B, T, feed_forward_size]`` to ``[B, T, E]``."""
@@ -70,6 +71,10 @@ class ReformerFeedForward(nn.Module):
         return self.output.dense(widened)
 
 
+#: Numbers of one piece's wide activations.
+_WIDE_ENOUGH = 2**21
+
+
 @contextlib.contextmanager
 def _in_modes(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
     """Put modules into these modes, and back: between a forward and its replay somebody may call ``eval()``."""
@@ -89,10 +94,11 @@ class ReformerLayer(nn.Module):
     def __init__(self, config: Any, layer_id: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.chunk_size_feed_forward: int = config.chunk_size_feed_forward
+        self.feed_forward_size: int = config.feed_forward_size
         self.attention = ReformerAttention(config, layer_id)
         self.feed_forward = ReformerFeedForward(config, activation)
 
-    def branches(self, call: Call, head_mask_H: Tensor | None) -> tuple[Branch, Branch]:
+    def branches(self, x1: Tensor, call: Call, head_mask_H: Tensor | None) -> tuple[Branch, Branch]:
         """Return the two residual branches as this call sees them, its modules' modes (train or eval) included."""
         modes = [(module, module.training) for module in self.modules()]
 
@@ -105,7 +111,19 @@ class ReformerLayer(nn.Module):
                 return self.feed_forward(x), ()
 
         sides = () if head_mask_H is None else (head_mask_H,)
-        return Branch(run_attention, sides), Branch(run_feed_forward, chunk_size=self.chunk_size_feed_forward)
+        return Branch(run_attention, sides), Branch(run_feed_forward, chunk_size=self._chunk_size(x1))
+
+    def _chunk_size(self, x_BTE: Tensor) -> int:
+        """Return how many positions go through the feed-forward branch at once; 0 for all.
+
+        Where the configuration leaves it open, many positions on a CPU go in pieces: fresh memory for their wide
+        activations costs more than the products that fill it.
+        """
+        if self.chunk_size_feed_forward or x_BTE.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.chunk_size_feed_forward
+        B, T, _ = x_BTE.shape
+        pieces = B * T * self.feed_forward_size // _WIDE_ENOUGH
+        return -(-T // pieces) if pieces > 1 else 0
 
     def forward(
         self, streams: Streams, call: Call, head_mask_H: Tensor | None = None, with_probs: bool = False
@@ -114,7 +132,7 @@ class ReformerLayer(nn.Module):
 
         ``with_probs`` also returns the attention probabilities; it needs streams without a channel.
         """
-        attention, feed_forward = self.branches(call, head_mask_H)
+        attention, feed_forward = self.branches(streams.x1, call, head_mask_H)
         if streams.channel is not None:
             assert not with_probs, "probabilities would have to be stored"
             return reversible_block(attention, feed_forward, streams, lambda: list(self.parameters())), None

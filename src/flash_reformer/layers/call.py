@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """The facts of one forward call.
+    """The facts of one forward call. Seeds are int64 tensors of no dimensions, on the CPU whatever the device.
 
     Attributes:
         mask_BT: bool, True at real tokens; None where all are real.
@@ -31,13 +31,13 @@ class Call:
     mask_BT: Tensor | None
     num_hashes: int
     bucket_factors: tuple[int, ...]
-    rotation_seed: int | None
-    seed: int | None
+    rotation_seed: Tensor | None
+    seed: Tensor | None
     exact: bool
     backend: str
     fill: Fill | None = None
 
-    def seed_for_rotations(self, layer_idx: int) -> int:
+    def seed_for_rotations(self, layer_idx: int) -> Tensor:
         """Return the seed of layer ``layer_idx``'s hash rotations."""
         if self.rotation_seed is not None:
             return self.rotation_seed

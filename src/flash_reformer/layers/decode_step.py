@@ -55,7 +55,8 @@ class Layout:
         """Return the length at which a row of ``length`` tokens is laid out."""
         if length <= self.exact_below or self.smallest_chunk is None or length <= self.smallest_chunk:
             return length
-        return -(-length // self.multiple) * self.multiple
+        # Written so that a compiler sees a positive multiple whatever the length.
+        return (length + self.multiple - 1) // self.multiple * self.multiple
 
     def exact_up_to(self, chunk_length: int | None) -> float:
         """Return the length up to which a layer with this chunk length attends exactly."""

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flash_reformer.layers.linear import Dropout
+
 
 class AxialTables(nn.ParameterList):
     """One table per axis. A module that is called, so that hooks which bring offloaded weights find it."""
@@ -71,7 +73,7 @@ class PositionEmbeddings(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, positions_XT: Tensor, batch_size: int) -> Tensor:
         """Return ``[B, T, E]`` for positions ``[B or 1, T]``."""
@@ -87,7 +89,7 @@ class ReformerEmbeddings(nn.Module):
         self.position_embeddings = (
             AxialPositionEmbeddings(config) if config.axial_pos_embds else PositionEmbeddings(config)
         )
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, inputs_embeds_BTE: Tensor, positions_XT: Tensor) -> Tensor:
         """Return ``[B, T, E]`` for word embeddings ``[B, T, E]`` and positions ``[B or 1, T]``."""

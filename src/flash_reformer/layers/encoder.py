@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flash_reformer.layers.block import ReformerLayer
 from flash_reformer.layers.call import Call
 from flash_reformer.layers.decode_step import Step
+from flash_reformer.layers.linear import Dropout
 from flash_reformer.layers.norm import LayerNorm
 from flash_reformer.reversible import Streams, close_channel, keep, open_channel, start
 
@@ -27,7 +28,7 @@ class ReformerEncoder(nn.Module):
         self.reversible: bool = config.reversible
         self.layers = nn.ModuleList(layers)
         self.layer_norm = LayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.gradient_checkpointing = False
 
     def _run_layer(
@@ -58,13 +59,33 @@ class ReformerEncoder(nn.Module):
         output_hidden_states: bool,
         output_attentions: bool,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Return the normalised concatenation ``[B, T, 2E]`` and, if asked for, states and attention probabilities."""
+        """Return the normalised concatenation ``[B, T, 2E]`` and, if asked for, states and attention probabilities.
+
+        Compilers take the stack whole in evaluation, where it runs by plain autograd. In training they leave it as it
+        is: reversible blocks are autograd functions that run layers again.
+        """
+        if torch.compiler.is_compiling() and self.training and self.reversible and not output_attentions:
+            return self._forward_as_it_is(embeds_BTE, call, head_masks, output_hidden_states, output_attentions)
+        return self._forward(embeds_BTE, call, head_masks, output_hidden_states, output_attentions)
+
+    @torch.compiler.disable
+    def _forward_as_it_is(self, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        return self._forward(*arguments)
+
+    def _forward(
+        self,
+        embeds_BTE: Tensor,
+        call: Call,
+        head_masks: list[Tensor | None],
+        output_hidden_states: bool,
+        output_attentions: bool,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         # Low parts serve whoever rebuilds a stream; plain autograd gets them too, to have the same values.
         streams = start(embeds_BTE, exact=torch.is_grad_enabled())
         states: list[Tensor] = []
         probs: list[Tensor] = []
         # Returned probabilities carry gradients, so every layer's activations are stored anyway.
-        reversible = self.reversible and not output_attentions
+        reversible = self.reversible and not output_attentions and not torch.compiler.is_compiling()
         layers = cast("Sequence[ReformerLayer]", self.layers)
         for layer, head_mask_H in zip(layers, head_masks, strict=True):
             if output_hidden_states:

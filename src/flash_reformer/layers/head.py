@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flash_reformer.layers.linear import Dropout, Linear
+
 
 class ReformerOnlyLMHead(nn.Module):
     """``decoder`` (no bias of its own) plus ``bias``; the bias lives here because checkpoints keep it here."""
@@ -16,7 +18,7 @@ class ReformerOnlyLMHead(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.chunk_size_lm_head: int = config.chunk_size_lm_head
-        self.decoder = nn.Linear(2 * config.hidden_size, config.vocab_size, bias=False)
+        self.decoder = Linear(2 * config.hidden_size, config.vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def _project(self, hidden_BTX: Tensor) -> Tensor:
@@ -54,9 +56,9 @@ class ReformerClassificationHead(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         dropout = config.classifier_dropout if config.classifier_dropout is not None else config.hidden_dropout_prob
-        self.dense = nn.Linear(2 * config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(dropout)
-        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+        self.dense = Linear(2 * config.hidden_size, config.hidden_size)
+        self.dropout = Dropout(dropout)
+        self.out_proj = Linear(config.hidden_size, config.num_labels)
 
     def forward(self, pooled_BX: Tensor) -> Tensor:
         """Map ``[B, 2E]`` to ``[B, num_labels]``."""

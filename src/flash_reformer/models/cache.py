@@ -22,7 +22,7 @@ from flash_reformer.layers.local_state import LocalState
 from flash_reformer.layers.lsh_state import LSHState
 from flash_reformer.models.cache_layer import ReformerCacheLayer, State
 from flash_reformer.models.configuration_reformer import ReformerConfig
-from flash_reformer.models.inputs import layout_of
+from flash_reformer.models.inputs import can_cache, layout_of
 
 #: Two models can share a cache's layout only if they agree in these.
 _LAYOUT = (
@@ -78,7 +78,9 @@ class ReformerCache(Cache):
                 f"is_decoder=True (got {config.is_decoder}) and *_num_chunks_after=0"
             )
         self._agreed = _layout(config)
-        self.layout = layout_of(config)
+        limit = config.full_attention_below
+        # What "auto" stands for depends on where the model runs, which its first forward says.
+        self.layout = layout_of(config, limit if isinstance(limit, int) else 0)
         self._config = config
         self._model: weakref.ref[Any] | None = None
         #: What ``generate`` says of the next forward: where the prompt ends (None: where the input does), and how many
@@ -108,7 +110,7 @@ class ReformerCache(Cache):
         self.lengths: list[int] = []
         #: The longest a row may get, in columns; None where nobody said, and bucket counts follow the length.
         self.reach: int | None = None
-        self.seed: int | None = None
+        self.seed: Tensor | None = None
         self.num_hashes: int | None = None
         #: The bucket count of every layout length met so far.
         self.known_factors: dict[int, tuple[int, ...]] = {}
@@ -261,6 +263,16 @@ class ReformerCache(Cache):
         """Empty the cache."""
         recording = any(layer.record_past for layer in self._own_layers)
         self._empty()
+        self._renew_states(recording)
+
+    def settle_layout(self, exact_below: int) -> None:
+        """Learn, while empty, up to which length the model attends exactly."""
+        if exact_below != self.layout.exact_below:
+            recording = any(layer.record_past for layer in self._own_layers)
+            self.layout = layout_of(self._config, exact_below)
+            self._renew_states(recording)
+
+    def _renew_states(self, recording: bool) -> None:
         for layer, state in zip(self._own_layers, self._new_states(), strict=True):
             layer.state = state
         if recording:
@@ -385,9 +397,3 @@ class ReformerCache(Cache):
         self.__dict__.update(state)
         self._model = None
         self.layers = [ReformerCacheLayer(self, layer_state) for layer_state in states]
-
-
-def can_cache(config: ReformerConfig) -> bool:
-    """Whether decoding can be cached: the model is causal, and no window reaches beyond its own chunk."""
-    after = [getattr(config, f"{kind}_num_chunks_after") for kind in set(config.attn_layers)]
-    return bool(config.is_decoder) and not any(after)

@@ -100,7 +100,10 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: v is None or _is_int(v) or (isinstance(v, list) and len(v) > 0 and all(map(_is_int, v))),
     ),
     "feed_forward_size": _COUNT,
-    "full_attention_below": _int_from(0),
+    "full_attention_below": (
+        "an integer >= 0, or 'auto'",
+        lambda value: (_is_int(value) and value >= 0) or (isinstance(value, str) and value == "auto"),
+    ),
     "hash_seed": (
         "an integer in [-2**63, 2**63), or None",
         lambda v: v is None or (_is_int(v) and -(2**63) <= v < 2**63),
@@ -193,7 +196,8 @@ class ReformerConfig(PreTrainedConfig):
         wrap_around: let windows wrap around the ring of chunks, as the published models do.
         lsh_attend_across_buckets: let a query see everything in its window, not its own bucket only.
         lsh_allow_duplicate_attention: count a key once per appearance over the rounds, not once.
-        full_attention_below: attend exactly in every layer up to this many tokens.
+        full_attention_below: attend exactly in every layer up to this many tokens; ``"auto"`` up to where exact
+            attention is faster, by a fixed table per backend and rounds (``functional.FULL_ATTENTION_BELOW``).
         answer_lengths: what the question answering pipeline takes for ``doc_stride``, ``max_answer_len`` and
             ``max_question_len`` where it is not told otherwise; training writes down its own.
         num_buckets_automatic: set on save: ``num_buckets`` was derived, so training goes on deriving it.
@@ -251,7 +255,7 @@ class ReformerConfig(PreTrainedConfig):
     wrap_around: bool = True
     lsh_attend_across_buckets: bool = True
     lsh_allow_duplicate_attention: bool = True
-    full_attention_below: int = 0
+    full_attention_below: int | str = 0
     classifier_pooling: str | None = None
     answer_lengths: dict[str, int] | None = None
     num_buckets_automatic: bool = False

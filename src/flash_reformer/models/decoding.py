@@ -133,6 +133,7 @@ class CachedForwards:
         limit = self.config.max_length_of_positions
         reach = cache.reach
         cache.own(self)
+        cache.settle_layout(self._exact_below(num_hashes))
         cache.context = self.context()
         cache.seed = self._draw_seed()
         cache.num_hashes = self.config.num_hashes if num_hashes is None else num_hashes
@@ -181,7 +182,7 @@ class CachedForwards:
         output_hidden_states: bool = False,
     ) -> tuple[Tensor, list[Tensor], list[int]]:
         """Run new tokens, compact, and return their hidden states and the rows' new offsets. Commits nothing."""
-        config, counts = self.config, compact.counts
+        counts = compact.counts
         cache.check_rounds(num_hashes)
         given = compact.take(inputs.given)
         new = given.shape[1]
@@ -191,7 +192,7 @@ class CachedForwards:
                 mask_BT=None,
                 num_hashes=cache.num_hashes or 0,
                 bucket_factors=(),
-                rotation_seed=config.hash_seed,
+                rotation_seed=self._rotation_seed(),
                 seed=cache.seed,
                 exact=False,
                 backend=self._backend,

@@ -1,7 +1,9 @@
 """The door: what callers pass is checked here, before anything changes, and padded to whole chunks.
 
 Checks of *values* (token ids, positions, masks, labels) run on CPU tensors only: on a GPU each would make the host
-wait. Checks of shapes and dtypes run everywhere. Letters: B batch, T positions, E hidden size, H heads.
+wait, and in a compiled graph there is no value yet. Checks of shapes and dtypes run everywhere.
+
+Letters: B batch, T positions, E hidden size, H heads.
 """
 
 from __future__ import annotations
@@ -60,9 +62,14 @@ def check_tensor(name: str, value: object, shapes: list[tuple[int, ...]], dtypes
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}; got {tuple(value.shape)}")
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether values may be looked at: nothing has to be waited for, and no graph is being made."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_values(name: str, value: Tensor, low: int, high: int, *, also: int | None = None) -> None:
     """Raise ``ValueError`` unless every entry of a CPU tensor lies in ``[low, high)`` or equals ``also``."""
-    if value.device.type != "cpu" or value.numel() == 0:
+    if not has_values(value) or value.numel() == 0:
         return
     wrong = (value < low) | (value >= high)
     if also is not None:
@@ -153,7 +160,7 @@ def check_inputs(
     if attention_mask is not None:
         check_tensor("attention_mask", attention_mask, [(B, past + T)], (*_MASKS, *_FLOATS))
         if attention_mask.dtype != torch.bool:
-            if attention_mask.is_floating_point() and attention_mask.device.type == "cpu":
+            if attention_mask.is_floating_point() and has_values(attention_mask):
                 between = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
                 if between.numel():
                     raise ValueError(f"attention_mask must hold 0 and 1 only; got {between[0].item()}")
@@ -171,7 +178,7 @@ def check_inputs(
 
 def _check_past(mask_BT: Tensor, cache: ReformerCache) -> None:
     """Raise ``ValueError`` unless a mask says of cached columns what it said when they were cached (CPU only)."""
-    if mask_BT.device.type != "cpu":
+    if not has_values(mask_BT):
         return
     known = cache.mask_of_columns()
     if not (mask_BT.all() if known is None else torch.equal(mask_BT, known)):
@@ -190,16 +197,20 @@ def split_head_mask(config: ReformerConfig, head_mask: Tensor | None) -> list[Te
     return list(head_mask.expand(depth, heads).unbind(0))
 
 
-def layout_of(config: ReformerConfig) -> Layout:
-    """Return how rows are laid out: whole chunks of every kind of layer, unless all attend exactly."""
+def layout_of(config: ReformerConfig, exact_below: int) -> Layout:
+    """Return how rows are laid out: whole chunks of every kind of layer, unless all attend exactly.
+
+    ``exact_below`` is what ``full_attention_below`` stands for.
+    """
     by_kind = {"lsh": config.lsh_attn_chunk_length, "local": config.local_attn_chunk_length}
     chunks = [chunk for kind, chunk in by_kind.items() if kind in config.attn_layers and chunk is not None]
-    return Layout(config.full_attention_below, min(chunks, default=None), math.lcm(*chunks))
+    return Layout(exact_below, min(chunks, default=None), math.lcm(*chunks))
 
 
-def padded_length(config: ReformerConfig, length: int) -> int:
-    """Return the length at which the layers run on ``length`` tokens."""
-    return layout_of(config).padded(length)
+def can_cache(config: ReformerConfig) -> bool:
+    """Whether decoding can be cached: the model is causal, and no window reaches beyond its own chunk."""
+    after = [getattr(config, f"{kind}_num_chunks_after") for kind in set(config.attn_layers)]
+    return bool(config.is_decoder) and not any(after)
 
 
 def pad(inputs: Inputs, length: int, pad_embeds: Tensor | None, pad_token_id: int) -> Inputs:
@@ -208,7 +219,8 @@ def pad(inputs: Inputs, length: int, pad_embeds: Tensor | None, pad_token_id: in
     ``pad_embeds`` ``[E]`` is the pad token's embedding, read where embeddings were given.
     """
     missing = length - inputs.length
-    if missing == 0:
+    # An exported graph serves any length: it always pads, if only by nothing.
+    if not torch.compiler.is_exporting() and missing == 0:
         return inputs
     B, T = inputs.batch_size, inputs.length
     mask_BT = inputs.mask_BT

@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, SequenceClassifierOutput
 
 from flash_reformer.functional import IGNORE_INDEX, binary_cross_entropy_sum, cross_entropy_sum, squared_error_sum
 from flash_reformer.layers.head import ReformerClassificationHead
+from flash_reformer.layers.linear import Linear
 from flash_reformer.models.configuration_reformer import ReformerConfig, check_consistency
 from flash_reformer.models.head_tools import extras, finish, mean_loss
 from flash_reformer.models.inputs import check_tensor, check_values
@@ -139,7 +140,7 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
         check_consistency(config)
         super().__init__(config)
         self.reformer = ReformerModel(config)
-        self.qa_outputs = nn.Linear(2 * config.hidden_size, 2)
+        self.qa_outputs = Linear(2 * config.hidden_size, 2)
         self.post_init()
 
     def forward(

@@ -18,8 +18,9 @@ from flash_reformer.layers.decode_storage import Fill
 from flash_reformer.layers.embeddings import ReformerEmbeddings
 from flash_reformer.layers.encoder import ReformerEncoder
 from flash_reformer.layers.head import ReformerOnlyLMHead
+from flash_reformer.layers.linear import Dropout, Linear
 from flash_reformer.models import inputs as door
-from flash_reformer.models.cache import ReformerCache, can_cache
+from flash_reformer.models.cache import ReformerCache
 from flash_reformer.models.configuration_reformer import ReformerConfig, check_consistency
 from flash_reformer.models.decoding import CachedForwards
 from flash_reformer.models.outputs import ReformerModelOutput
@@ -80,12 +81,16 @@ class ReformerPreTrainedModel(ResizablePositions, PreTrainedModel):
         """Choose the implementation of hashing, sorting and attention.
 
         Args:
-            backend: ``"auto"``, the fastest that can run, or ``"reference"``, the plain PyTorch definitions.
+            backend: ``"auto"``, the fastest that can run; ``"reference"``, the plain PyTorch definitions;
+                ``"cpu"``, the kernels for a CPU, where a forward on another device raises ``ValueError``.
 
         Raises:
             ValueError: for any other name.
         """
         cast(ReformerModel, self.base_model)._backend = functional.check_backend(backend)
+        for module in self.modules():
+            if isinstance(module, (Linear, Dropout)):
+                module.backend = backend
 
     def share_trained_buckets(self) -> None:
         """Record the largest automatic bucket count that any rank has trained with. A collective call.
@@ -138,7 +143,11 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
             config.record_trained_buckets(factors)
         return factors
 
-    def _draw_seed(self) -> int | None:
+    def _rotation_seed(self) -> Tensor | None:
+        seed = self.config.hash_seed
+        return None if seed is None else torch.tensor(seed, dtype=torch.int64, device="cpu")
+
+    def _draw_seed(self) -> Tensor | None:
         """Draw the root of this forward's private randomness, or nothing where no layer will ask for any.
 
         This is the only draw on the default generator besides the dropouts of training. It is a CPU draw, whatever
@@ -149,7 +158,15 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
         needs_dropout = any(module.training for module in self.modules())
         if not (needs_dropout or needs_rotations):
             return None
-        return int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+
+    def _exact_below(self, num_hashes: int | None) -> int:
+        """Return up to which length all layers attend exactly, where the word embeddings are."""
+        limit = self.config.full_attention_below
+        if isinstance(limit, int):
+            return limit
+        rounds = self.config.num_hashes if num_hashes is None else num_hashes
+        return functional.full_attention_below(self.embeddings.word_embeddings.weight, rounds, self._backend)
 
     def _embed(self, inputs: door.Inputs, length: int) -> tuple[Tensor, door.Inputs]:
         """Pad to ``length`` and return the embeddings ``[B, length, E]`` with the padded batch."""
@@ -173,7 +190,7 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
         self,
         inputs: door.Inputs,
         num_hashes: int,
-        seed: int | None,
+        seed: Tensor | None,
         head_masks: list[Tensor | None] | None = None,
         *,
         factors: tuple[int, ...] | None = None,
@@ -186,33 +203,36 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
         ``factors`` of the bucket count follow the length if they are None.
         """
         config, T = self.config, inputs.length
-        length = door.padded_length(config, T)
+        exact_below = self._exact_below(num_hashes)
+        length = door.layout_of(config, exact_below).padded(T)
         embeds_BTE, padded = self._embed(inputs, length)
         call = Call(
             mask_BT=padded.mask_BT,
             num_hashes=num_hashes,
             bucket_factors=self._bucket_factors(length) if factors is None else factors,
-            rotation_seed=config.hash_seed,
+            rotation_seed=self._rotation_seed(),
             seed=seed,
-            exact=config.full_attention_below >= T,
+            exact=exact_below >= T,
             backend=self._backend,
             fill=fill,
         )
         head_masks = [None] * config.num_hidden_layers if head_masks is None else head_masks
         hidden_BTX, states, probs = self.encoder(embeds_BTE, call, head_masks, with_states, with_probs)
         return (
-            hidden_BTX[:, :T],
+            _crop(hidden_BTX, T),
             # Without pads the very tensors of the chain, so that gradients can be asked for with respect to them.
-            tuple(s if length == T else s[:, :T] for s in states) if with_states else None,
+            tuple(s if length == T else _crop(s, T) for s in states) if with_states else None,
             tuple(_crop_probs(p, T) for p in probs) if with_probs else None,
         )
 
     def _new_cache(self, use_cache: bool | None) -> ReformerCache | None:
         """Return an empty cache if this call is to fill one. Training never does (it would undo reversibility)."""
-        wanted = self.config.use_cache if use_cache is None else use_cache
+        # A cache is made of Python; a compiled graph has one only if asked for it, at the price of a break.
+        by_default = self.config.use_cache and not torch.compiler.is_compiling()
+        wanted = by_default if use_cache is None else use_cache
         if not wanted:
             return None
-        if self.training or not can_cache(self.config):
+        if self.training or not door.can_cache(self.config):
             if use_cache:
                 reason = "training keeps no cache" if self.training else "only a causal model's decoding is cached"
                 warnings.warn(f"use_cache=True has no effect: {reason}", stacklevel=3)
@@ -295,6 +315,14 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
                 self.finish_filling(cache, inputs, compact)
         output = ReformerModelOutput(hidden_BTX, cache, states, probs)
         return output if return_dict else output.to_tuple()
+
+
+def _crop(x_BTX: Tensor, length: int) -> Tensor:
+    """Return the first so many positions."""
+    if torch.compiler.is_exporting():
+        # A slice would ask the exporter for a proof that there are that many.
+        return x_BTX.index_select(1, torch.arange(length, device=x_BTX.device))
+    return x_BTX[:, :length]
 
 
 def _crop_probs(probs: Tensor, length: int) -> Tensor:

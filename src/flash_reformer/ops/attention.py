@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flash_reformer.ops.chunking import count_appearances, gather_rows, look_around, split_chunks, visible_slots
+from flash_reformer.ops.randomness import dropout
 from flash_reformer.ops.sorting import invert_permutation
 
 #: The score of a pair that the mask or causality forbids, and that of a token with itself. They are scores, not
@@ -67,15 +68,13 @@ def attention_scores(
     return scores_XCW
 
 
-def scale_probs(probs_BHXW: Tensor, head_mask_H: Tensor | None, dropout_p: float, dropout_seed: int | None) -> Tensor:
-    """Apply dropout, drawn from a private generator seeded with ``dropout_seed``, and the head mask."""
+def scale_probs(
+    probs_BHXW: Tensor, head_mask_H: Tensor | None, dropout_p: float, dropout_seed: Tensor | None
+) -> Tensor:
+    """Apply dropout, as :func:`dropout` does with rows numbered in order, and the head mask."""
     if dropout_p > 0.0:
         assert dropout_seed is not None, "dropout needs a seed"
-        generator = torch.Generator(device=probs_BHXW.device)
-        generator.manual_seed(dropout_seed)
-        keep = torch.empty_like(probs_BHXW, requires_grad=False).bernoulli_(1.0 - dropout_p, generator=generator)
-        # p = 1 keeps nothing; dividing by 0 would turn those zeros into NaN.
-        probs_BHXW = probs_BHXW * (keep / (1.0 - dropout_p) if dropout_p < 1.0 else keep)
+        probs_BHXW = dropout(probs_BHXW, dropout_p, dropout_seed)
     if head_mask_H is not None:
         probs_BHXW = probs_BHXW * head_mask_H.to(probs_BHXW.dtype).view(-1, *[1] * (probs_BHXW.dim() - 2))
     return probs_BHXW
@@ -168,7 +167,7 @@ def lsh_attention(
     attend_across_buckets: bool = True,
     allow_duplicate_attention: bool = True,
     dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend within sorted chunks and merge the rounds; return output ``[B, T, H, D]`` and lse ``[B, H, R, T]``.
 
@@ -258,7 +257,7 @@ def local_attention(
     causal: bool = False,
     wrap_around: bool = True,
     dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the own chunk and its neighbours; return output ``[B, T, H, D]`` and lse ``[B, H, T]``.
 
@@ -308,7 +307,7 @@ def exact_attention(
     causal: bool = False,
     exclude_self: bool = False,
     dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to every position; return output ``[B, T, H, D]`` and lse ``[B, H, T]``.
 

@@ -11,27 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_MASK_64 = (1 << 64) - 1
-
-
-def derive_seed(seed: int, *path: int) -> int:
-    """Return a seed in ``[0, 2**63)`` that is a fixed, well-mixed function of ``seed`` and ``path``.
-
-    One number drawn per forward is the root of all of that forward's private randomness; each consumer names its
-    own branch (say, layer 3's rotations), so no two share a stream and nothing needs to be stored to replay one.
-
-    >>> derive_seed(1, 0) == derive_seed(1, 0), derive_seed(1, 0) == derive_seed(1, 1)
-    (True, False)
-    """
-    state = seed & _MASK_64
-    for step in path:
-        # splitmix64 (Steele et al., 2014): a bijection whose outputs pass statistical tests from any counter.
-        state = (state + (step + 1) * 0x9E3779B97F4A7C15) & _MASK_64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK_64
-        state ^= state >> 31
-    return state >> 1
-
 
 def automatic_num_buckets(length: int, chunk_length: int, max_position_embeddings: int) -> list[int]:
     """Return the bucket factors that ``num_buckets=None`` stands for at ``length`` (padded) positions.
@@ -48,8 +27,21 @@ def automatic_num_buckets(length: int, chunk_length: int, max_position_embedding
     return [2 ** (power // 2), 2 ** (power - power // 2)]
 
 
+@torch.library.custom_op("flash_reformer::draw_rotations", mutates_args=())
+def _draw_rotations(seed: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator(device=device)
+    # Seeds live on the CPU: reading one waits for no device.
+    generator.manual_seed(int(seed))
+    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+
+@_draw_rotations.register_fake
+def _(seed: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 def draw_rotations(
-    seed: int,
+    seed: Tensor,
     num_heads: int,
     head_size: int,
     num_hashes: int,
@@ -60,12 +52,10 @@ def draw_rotations(
     """Draw the random rotations ``[H, D, R, M]``, i.i.d. N(0, 1), from a private generator seeded with ``seed``.
 
     The user's own random state does not move. With the same seed, dtype and device the numbers equal those of
-    ``torch.manual_seed(seed)`` followed by ``torch.randn`` of that shape.
+    ``torch.manual_seed(seed)`` followed by ``torch.randn`` of that shape. A registered operator, with the seed (int64,
+    no dimensions, on the CPU) as an input tensor: a generator cannot be made inside a compiled graph.
     """
-    generator = torch.Generator(device=device)
-    generator.manual_seed(seed)
-    shape = (num_heads, head_size, num_hashes, sum(bucket_factors) // 2)
-    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+    return _draw_rotations(seed, (num_heads, head_size, num_hashes, sum(bucket_factors) // 2), dtype, device)
 
 
 def bucket_dtype(bucket_factors: Sequence[int]) -> torch.dtype:

@@ -1,0 +1,1 @@
+"""How operations run fast. Each room has files with the stems and signatures of ``ops`` and never imports it."""

@@ -1,0 +1,47 @@
+"""Additions to a residual stream that lose nothing: the number that rounding misses is kept beside the sum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_reformer.buffers import lasting_like
+
+#: Numbers that one pass of :func:`add_in_pieces` works on: its seven tensors then stay in the cache.
+_PIECE = 2**16
+
+
+def add(x: Tensor, low: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return ``x + low + value`` rounded to x's dtype, and as its low part what that rounding lost.
+
+    Gradients pass as through ``x + value``: the low parts are constants.
+    """
+    total = x + value
+    if low is None:
+        return total, None
+    with torch.no_grad():
+        # Two-sum: x - (total - back) + (value - back) is exactly what ``total`` misses.
+        back = total - x
+        lost = (x - (total - back)).add_(value.to(total.dtype).sub(back)).add_(low)
+    result = total + lost
+    with torch.no_grad():
+        lost.sub_(result - total)
+    return result, lost
+
+
+def add_in_pieces(
+    x: Tensor, low: Tensor, value: Tensor, *, negated: bool = False, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Do what :func:`add` does, to the bit, without autograd and some positions (dim 1) at a time.
+
+    ``negated`` adds ``-value``. ``out`` are tensors to write to.
+    """
+    result, lost = (lasting_like(x), lasting_like(x)) if out is None else out
+    positions = max(1, _PIECE * x.shape[1] // max(1, x.numel()))
+    pieces = (tensor.split(positions, dim=1) for tensor in (x, low, value, result, lost))
+    for x_, low_, value_, result_, lost_ in zip(*pieces, strict=True):
+        after, after_low = add(x_, low_, -value_ if negated else value_)
+        assert after_low is not None
+        result_.copy_(after)
+        lost_.copy_(after_low)
+    return result, lost
