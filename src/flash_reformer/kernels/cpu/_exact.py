@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_reformer.kernels.cpu._scores import CONSTANT_ROW, FORBIDDEN_SCORE, SELF_SCORE
+from flash_reformer.kernels.cpu._scores import FORBIDDEN_SCORE, SELF_SCORE, constant_below
 from flash_reformer.kernels.cpu.randomness import keep_mask, kept_scale
 
 #: Scores of one block, and the fewest queries for which a product is worth its overhead.
@@ -38,35 +38,38 @@ class _Block(NamedTuple):
     seen: int
 
 
-def _blocks(num_rows: int, T: int, causal: bool) -> Iterator[_Block]:
-    queries = min(T, max(_FEWEST_QUERIES, _BLOCK_SCORES // T))
-    together = max(1, _BLOCK_SCORES // (queries * T))
+def _blocks(num_rows: int, T: int, exact: Exact) -> Iterator[_Block]:
+    # A row that may read no key at all averages all of them, later ones included. With exclude_self it has itself.
+    all_keys = not exact.causal or (exact.mask_BT is not None and not exact.exclude_self)
+    queries = min(T, max(_FEWEST_QUERIES, _BLOCK_SCORES // max(1, T)))
+    together = max(1, _BLOCK_SCORES // max(1, queries * T))
     for row in range(0, num_rows, together):
-        for start in range(0, T, queries):
+        for start in range(0, T, max(1, queries)):
             stop = min(start + queries, T)
-            yield _Block(slice(row, min(row + together, num_rows)), start, stop, stop if causal else T)
+            yield _Block(slice(row, min(row + together, num_rows)), start, stop, T if all_keys else stop)
 
 
 def _by_head(x_BTHD: Tensor) -> Tensor:
     """Return ``[G, T, D]`` in at least fp32, contiguous."""
     wide = torch.promote_types(x_BTHD.dtype, torch.float32)
-    return x_BTHD.transpose(1, 2).to(wide, memory_format=torch.contiguous_format).flatten(0, 1)
+    return x_BTHD.transpose(1, 2).to(wide).contiguous().flatten(0, 1)
 
 
 def _back(x_GTD: Tensor, like_BTHD: Tensor) -> Tensor:
     B, T, H, D = like_BTHD.shape
-    return x_GTD.view(B, H, T, D).transpose(1, 2).to(like_BTHD.dtype, memory_format=torch.contiguous_format)
+    return x_GTD.view(B, H, T, D).transpose(1, 2).to(like_BTHD.dtype).contiguous()
 
 
 def _scores(query_GTD: Tensor, key_GTD: Tensor, block: _Block, exact: Exact, num_heads: int) -> Tensor:
     scores_gQK = torch.bmm(query_GTD[block.rows, block.start : block.stop], key_GTD[block.rows, : block.seen].mT)
     if exact.causal:
-        # Minima are ten times as fast as masked fills. Only keys of the block itself can be later than a query.
+        # Minima are ten times as fast as masked fills.
         size = block.stop - block.start
         own_QQ = torch.full((size, size), torch.inf, dtype=scores_gQK.dtype)
         own_QQ.masked_fill_(torch.ones(size, size, dtype=torch.bool).triu_(1), FORBIDDEN_SCORE)
-        own_gQQ = scores_gQK[:, :, block.start :]
+        own_gQQ = scores_gQK[:, :, block.start : block.stop]
         torch.minimum(own_gQQ, own_QQ, out=own_gQQ)
+        scores_gQK[:, :, block.stop :] = FORBIDDEN_SCORE
     if exact.mask_BT is not None:
         batch = torch.arange(block.rows.start, block.rows.stop).div(num_heads, rounding_mode="floor")
         hidden_g1K = ~exact.mask_BT[:, : block.seen].index_select(0, batch).unsqueeze(1)
@@ -92,7 +95,7 @@ def attend_exactly(query_BTHD: Tensor, key_BTHD: Tensor, v_BTHD: Tensor, exact: 
     query_GTD, key_GTD, value_GTD = map(_by_head, (query_BTHD, key_BTHD, v_BTHD))
     out_GTD = torch.empty_like(value_GTD)
     lse_GT = torch.empty(query_GTD.shape[:2], dtype=query_GTD.dtype)
-    for block in _blocks(B * H, T, exact.causal):
+    for block in _blocks(B * H, T, exact):
         scores_gQK = _scores(query_GTD, key_GTD, block, exact, H)
         probs_gQK = torch.softmax(scores_gQK, -1)
         # The largest probability is exp(top - lse), and never small.
@@ -124,10 +127,11 @@ def attend_exactly_backward(
     )
     delta_GT1 = (d_out_GTD * out_GTD).sum(-1, keepdim=True)
     # Scores that were set are constants. Where such a score weighs anything, all of its row were set.
-    alive_GT1 = (lse_BHT.flatten(0, 1).unsqueeze(-1) >= CONSTANT_ROW).to(query_GTD.dtype)
+    constant = constant_below(exclude_self=exact.exclude_self)
+    alive_GT1 = (lse_BHT.flatten(0, 1).unsqueeze(-1) >= constant).to(query_GTD.dtype)
     live_query_GTD = query_GTD * alive_GT1
     d_query_GTD, d_key_GTD, d_value_GTD = (torch.zeros_like(x) for x in (query_GTD, key_GTD, value_GTD))
-    for block in _blocks(B * H, T, exact.causal):
+    for block in _blocks(B * H, T, exact):
         rows, queries, keys = block.rows, slice(block.start, block.stop), slice(0, block.seen)
         probs_gQK = torch.softmax(_scores(query_GTD, key_GTD, block, exact, H), -1)
         d_scores_gQK = torch.bmm(d_out_GTD[rows, queries], value_GTD[rows, keys].mT)

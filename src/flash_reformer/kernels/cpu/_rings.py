@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash_reformer.kernels.cpu._scores import CONSTANT_ROW, Facts, Rules, set_scores
+from flash_reformer.kernels.cpu._scores import Facts, Rules, constant_below, set_scores
 from flash_reformer.kernels.cpu._slabs import Slab, slabs
 from flash_reformer.kernels.cpu.randomness import keep_mask, kept_scale
 
@@ -111,8 +111,9 @@ def attend(query_XD: Tensor, key_XD: Tensor, value_XD: Tensor, rings: Rings) -> 
     room = _Room(dtype)
     out_XD = torch.empty(value_XD.shape, dtype=dtype)
     lse_GNC = torch.empty((G, N, C), dtype=dtype)
-    # What the rounds so far add up to, per row.
-    so_far_X = torch.empty(out_XD.shape[0], dtype=dtype) if R > 1 else None
+    # The rounds so far, per row: the largest lse, and the sum of exp(lse - largest). As one number, beside -1e5, that
+    # would lose the digits by which rounds are weighted.
+    so_far_2X = torch.empty((2, out_XD.shape[0]), dtype=dtype) if R > 1 else None
     for slab in rings.slabs():
         operands = _Operands(rings, slab, query_XD, key_XD, value_XD, room)
         n = operands.query_nCD.shape[0]
@@ -130,21 +131,21 @@ def attend(query_XD: Tensor, key_XD: Tensor, value_XD: Tensor, rings: Rings) -> 
             out_nCD.mul_(kept_scale(rings.dropout_p))
         elif rings.shared and window.chunks > rings.rules.chunks_per_round + 1:
             # Only here can a window hold a token three times, and a third of three rounded values is not the value.
-            alone_nC1 = (lse_nC < CONSTANT_ROW).unsqueeze(-1)
+            alone_nC1 = (lse_nC < constant_below(exclude_self=True)).unsqueeze(-1)
             out_nCD.copy_(torch.where(alone_nC1, operands.value_YD[operands.own].view_as(out_nCD), out_nCD))
         lse_GNC[slab.rings, slab.first : slab.last] = lse_nC.view(slab.num_rings, -1, C)
-        _merge(out_XD, so_far_X, operands.index, out_nCD.view(-1, out_XD.shape[1]), lse_nC.flatten(), slab, rings)
+        _merge(out_XD, so_far_2X, operands.index, out_nCD.view(-1, out_XD.shape[1]), lse_nC.flatten(), slab, rings)
     return out_XD, lse_GNC
 
 
 def _merge(
-    out_XD: Tensor, so_far_X: Tensor | None, index: Tensor, new_XD: Tensor, lse: Tensor, slab: Slab, rings: Rings
+    out_XD: Tensor, so_far_2X: Tensor | None, index: Tensor, new_XD: Tensor, lse: Tensor, slab: Slab, rings: Rings
 ) -> None:
     """Write a slab's outputs, or fold them into what earlier rounds wrote, weighted by ``softmax_r(lse)``.
 
     A step goes from what is there towards what is new, so rounds that agree leave it exactly as it is.
     """
-    if so_far_X is None:
+    if so_far_2X is None:
         out_XD.index_copy_(0, index, new_XD)
         return
     per_round = rings.rules.chunks_per_round
@@ -156,12 +157,15 @@ def _merge(
         fresh = lse.view(by_round)[:, r].reshape(-1)
         if r == 0 and slab.first < per_round:
             out_XD.index_copy_(0, rows, values)
-            so_far_X.index_copy_(0, rows, fresh)
+            so_far_2X.index_copy_(1, rows, torch.stack([fresh, torch.ones_like(fresh)]))
             continue
-        before = so_far_X.index_select(0, rows)
-        merged = out_XD.index_select(0, rows).lerp_(values, torch.sigmoid(fresh - before).unsqueeze(-1))
+        before, total = so_far_2X.index_select(1, rows)
+        top = torch.maximum(before, fresh)
+        share = torch.exp(fresh - top)
+        total = total * torch.exp(before - top) + share
+        merged = out_XD.index_select(0, rows).lerp_(values, (share / total).unsqueeze(-1))
         out_XD.index_copy_(0, rows, merged)
-        so_far_X.index_copy_(0, rows, torch.logaddexp(before, fresh))
+        so_far_2X.index_copy_(1, rows, torch.stack([top, total]))
 
 
 def attend_backward(
@@ -188,7 +192,8 @@ def attend_backward(
     d_value_XD = torch.zeros_like(d_query_XD)
     delta_X = row_dots(d_out_XD, out_XD, lse_X.dtype)
     # Scores that were set are constants. Where such a score weighs anything, all of its row were set.
-    alive_X = (lse_X >= CONSTANT_ROW).to(lse_X.dtype)
+    constant = constant_below(exclude_self=rings.rules.exclude_self)
+    alive_X = (lse_X >= constant).to(lse_X.dtype)
     for slab in rings.slabs():
         operands = _Operands(rings, slab, query_XD, key_XD, value_XD, room)
         index, (n, _, D) = operands.index, operands.query_nCD.shape
@@ -208,12 +213,13 @@ def attend_backward(
             alive_nC1 = alive_nC1 * weights_nC1
             d_out_nCD.mul_(weights_nC1)
         d_value_nWD = torch.bmm(kept_nCW.transpose(1, 2), d_out_nCD, out=room("dv", n, W, D))
-        d_value_XD.index_add_(0, operands.index_Y, slab.fold(d_value_nWD).view(-1, D))
+        folded_YCD = room("folded", operands.index_Y.shape[0] // C, C, D)
+        d_value_XD.index_add_(0, operands.index_Y, slab.fold(d_value_nWD, folded_YCD).view(-1, D))
         d_query_nCD = torch.bmm(d_scores_nCW, operands.key_nWD, out=room("o", n, C, D)).mul_(alive_nC1)
         d_query_XD.index_add_(0, index, d_query_nCD.view(-1, D))
         live_query_nCD = torch.mul(operands.query_nCD, alive_nC1, out=room("live", n, C, D))
         d_key_nWD = torch.bmm(d_scores_nCW.transpose(1, 2), live_query_nCD, out=room("dv", n, W, D))
-        d_key_YD = operands.key_gradient(slab.fold(d_key_nWD).view(-1, D))
+        d_key_YD = operands.key_gradient(slab.fold(d_key_nWD, folded_YCD).view(-1, D))
         d_key_XD.index_add_(0, operands.index_Y, d_key_YD)
     return d_query_XD, d_key_XD, d_value_XD
 

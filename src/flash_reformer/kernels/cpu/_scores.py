@@ -19,8 +19,6 @@ from flash_reformer.kernels.cpu._slabs import Slab, Window
 
 FORBIDDEN_SCORE = -1e9
 SELF_SCORE = -1e5
-#: A row whose log-sum-exp is below this saw no key but itself, or none at all: its scores were set, they are constants.
-CONSTANT_ROW = 0.9 * SELF_SCORE
 _MARK = 2.0**31
 MOST_POSITIONS = 2**23
 
@@ -53,6 +51,11 @@ class Rules:
     exclude_self: bool
     chunks_per_round: int
     num_rounds: int
+
+
+def constant_below(*, exclude_self: bool) -> float:
+    """Return the log-sum-exp below which a row saw no key but itself, or none: its scores were set, are constants."""
+    return 0.9 * (SELF_SCORE if exclude_self else FORBIDDEN_SCORE)
 
 
 def marks(positions: Tensor, dtype: torch.dtype) -> Tensor:

@@ -77,22 +77,23 @@ class Slab:
         offsets = range(-window.before, window.after + 1)
         return torch.cat([x_GNCX.roll(-o, dims=1) if o else x_GNCX for o in offsets], dim=2).flatten(0, 1)
 
-    def fold(self, windows_nWX: Tensor) -> Tensor:
-        """Return the sum of what every window holds for a chunk, in the layout of :meth:`around`."""
+    def fold(self, windows_nWX: Tensor, out_XCX: Tensor) -> Tensor:
+        """Write to ``out``, laid out as by :meth:`around`, the sums of what windows hold for a chunk, and return it."""
         C, window = self.window.chunk_length, self.window
         parts = windows_nWX.unflatten(1, (window.chunks, C))
         if self.whole:
             parts_GN = parts.unflatten(0, (self.num_rings, -1))
-            folded = parts_GN[:, :, window.before].clone()
+            out_GN = out_XCX.unflatten(0, (self.num_rings, -1)).copy_(parts_GN[:, :, window.before])
             for place in range(window.chunks):
                 if place != window.before:
-                    folded += parts_GN[:, :, place].roll(place - window.before, dims=1)
-            return folded.flatten(0, 1)
+                    out_GN += parts_GN[:, :, place].roll(place - window.before, dims=1)
+            return out_XCX
         n = self.last - self.first
-        folded = parts.new_zeros((n + window.chunks - 1, C, *parts.shape[3:]))
-        for place in range(window.chunks):
-            folded[place : place + n] += parts[:, place]
-        return folded
+        out_XCX[:n].copy_(parts[:, 0])
+        out_XCX[n:].zero_()
+        for place in range(1, window.chunks):
+            out_XCX[place : place + n] += parts[:, place]
+        return out_XCX
 
 
 def slabs(num_rings: int, chunks_per_round: int, num_rounds: int, window: Window) -> Iterator[Slab]:
@@ -101,7 +102,7 @@ def slabs(num_rings: int, chunks_per_round: int, num_rounds: int, window: Window
     most = max(1, SLAB_SCORES // (window.chunk_length * window.width))
     # A part reads neighbours on the ring once each; a ring that is no longer than a window meets itself.
     if most >= N or 2 * window.chunks > N:
-        together = max(1, most // N)
+        together = max(1, most // max(1, N))
         for ring in range(0, num_rings, together):
             yield Slab(slice(ring, min(ring + together, num_rings)), 0, N, True, window)
         return

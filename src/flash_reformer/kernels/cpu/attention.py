@@ -43,24 +43,26 @@ def _lsh_rings(
     open_GNC = labels_GNC = chunks_RGNC = buckets_RGNC = None
     if mask_BT is not None:
         open_BT = torch.full(mask_BT.shape, torch.inf, dtype=wide).masked_fill_(~mask_BT, FORBIDDEN_SCORE)
-        open_GNC = open_BT.unsqueeze(1).expand(B, H, T).gather(-1, positions_BHS).view(slots)
+        open_GNC = open_BT.unsqueeze(1).expand(B, H, T).gather(-1, positions_BHS).reshape(slots)
     if not attend_across_buckets:
         assert buckets_BHRT is not None, "attend_across_buckets=False needs the buckets"
         sorted_buckets = buckets_BHRT.long().gather(-1, sorted_positions_BHRT)
         # fp64 holds every number of a round and a bucket exactly; labels are only compared.
-        labels_GNC = (sorted_buckets * R + torch.arange(R).view(R, 1)).double().view(slots)
+        labels_GNC = (sorted_buckets * R + torch.arange(R).view(R, 1)).double().reshape(slots)
     if not allow_duplicate_attention:
         places = torch.empty_like(sorted_positions_BHRT)
         places.scatter_(-1, sorted_positions_BHRT, torch.arange(R * T).view(R, T).expand_as(places))
         chunk_of = places.div_(C, rounding_mode="floor")
-        chunks_RGNC = torch.stack([chunk_of[:, :, r].gather(-1, positions_BHS).view(slots) for r in range(R)]).to(wide)
+        chunks_RGNC = torch.stack([chunk_of[:, :, r].gather(-1, positions_BHS).reshape(slots) for r in range(R)]).to(
+            wide
+        )
         if not attend_across_buckets:
             assert buckets_BHRT is not None
-            of_round = [buckets_BHRT[:, :, r].long().gather(-1, positions_BHS).view(slots) for r in range(R)]
+            of_round = [buckets_BHRT[:, :, r].long().gather(-1, positions_BHS).reshape(slots) for r in range(R)]
             buckets_RGNC = torch.stack(of_round)
-    facts = Facts(marks(positions_BHS, wide).view(slots), open_GNC, labels_GNC, chunks_RGNC, buckets_RGNC)
+    facts = Facts(marks(positions_BHS, wide).reshape(slots), open_GNC, labels_GNC, chunks_RGNC, buckets_RGNC)
     rules = Rules(window, causal, exclude_self=True, chunks_per_round=T // C, num_rounds=R)
-    return Rings(_rows(positions_BHS, T).view(slots), facts, rules, True, *dropout)
+    return Rings(_rows(positions_BHS, T).reshape(slots), facts, rules, True, *dropout)
 
 
 def _flat(x_BTHD: Tensor) -> Tensor:
@@ -127,7 +129,7 @@ def _lsh_backward(
     lse_X = lse_BHRT.logsumexp(dim=2).transpose(1, 2).reshape(-1)
     weights = None
     if lse_BHRT.shape[2] > 1:
-        weights = torch.softmax(lse_BHRT, dim=2).gather(-1, sorted_positions_BHRT).view(rings.rows_GNC.shape)
+        weights = torch.softmax(lse_BHRT, dim=2).gather(-1, sorted_positions_BHRT).reshape(rings.rows_GNC.shape)
     given = (qk_XD, qk_XD, _flat(v_BTHD), _flat(out_BTHD), lse_X, weights)
     d_qk_XD, _, d_v_XD = attend_backward(_flat(d_out_BTHD), *given, rings)
     return d_qk_XD.view(qk_BTHD.shape).to(qk_BTHD.dtype), d_v_XD.view(v_BTHD.shape).to(v_BTHD.dtype)
@@ -207,7 +209,7 @@ def _local_rings(
         open_GNC = open_BT.unsqueeze(1).expand(B, H, T).reshape(slots)
     facts = Facts(marks(positions_BHT, wide).reshape(slots), open_GNC)
     rules = Rules(window, causal, exclude_self=False, chunks_per_round=slots[1], num_rounds=1)
-    return Rings(_rows(positions_BHT, T).view(slots), facts, rules, False, *dropout)
+    return Rings(_rows(positions_BHT, T).reshape(slots), facts, rules, False, *dropout)
 
 
 @torch.library.custom_op("flash_reformer::cpu_local_attention", mutates_args=())

@@ -26,6 +26,8 @@ def _digit(x_HRFX: Tensor) -> Tensor:
     kind = torch.uint8 if F < 256 else torch.int32
     countdown_F1 = torch.arange(F, 0, -1, dtype=kind).unsqueeze(-1)
     place_HRX = F - (hits_HRFX * countdown_F1).amax(dim=2).to(torch.int32)
+    # Where nothing is a hit, there were numbers that are none; they too go to some bucket.
+    place_HRX.clamp_(max=F - 1)
     return torch.where(positive_HR1X.squeeze(2), place_HRX, place_HRX + F)
 
 

@@ -1,0 +1,1 @@
+"""Kernels against the definitions in ``flash_reformer.ops``."""

@@ -1,0 +1,1 @@
+"""The kernels for CPUs: values and gradients as defined, whatever the slabs, the memory and the threads."""
