@@ -13,6 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_reformer.kernels.cpu import attention as _cpu_attention
+from flash_reformer.kernels.cpu import hashing as _cpu_hashing
+from flash_reformer.kernels.cpu import linear as _cpu_linear
+from flash_reformer.kernels.cpu import randomness as _cpu_randomness
+from flash_reformer.kernels.cpu import sorting as _cpu_sorting
 from flash_reformer.ops import attention as _attention
 from flash_reformer.ops import decoding as _decoding
 from flash_reformer.ops import hashing as _hashing
@@ -32,7 +37,7 @@ _FEW_MULTIPLICATIONS = 2**23
 
 #: Up to how many tokens exact attention is faster than LSH attention, per backend, by hash rounds (the last one for
 #: more). Measured for forward and backward of one layer, chunks of 64, 4 heads of size 64, by
-#: ``python -m benchmarks.crossover``.
+#: ``python -m benchmarks.run speed``.
 FULL_ATTENTION_BELOW = {"cpu": (512, 1024, 1536, 2048), "reference": (512, 1024, 1536, 2048)}
 
 
@@ -98,9 +103,7 @@ softmax_dtype = _attention.softmax_dtype
 def hash_vectors(vectors_BTHD: Tensor, *args: Any, backend: str = "auto", **kwargs: Any) -> Tensor:
     """See :func:`flash_reformer.ops.hashing.hash_vectors`."""
     if backend_for(vectors_BTHD, backend) == "cpu":
-        from flash_reformer.kernels.cpu import hashing
-
-        return hashing.hash_vectors(vectors_BTHD, *args, **kwargs)
+        return _cpu_hashing.hash_vectors(vectors_BTHD, *args, **kwargs)
     return _hashing.hash_vectors(vectors_BTHD, *args, **kwargs)
 
 
@@ -112,45 +115,35 @@ def sort_positions(buckets_BHRT: Tensor, *, backend: str = "auto") -> Tensor:
         kind = str(buckets_BHRT.dtype).removeprefix("torch.")
         raise ValueError(f"backend='cpu' sorts int16 and int32 on a CPU; got {kind} on {buckets_BHRT.device}")
     if backend != "reference" and runs:
-        from flash_reformer.kernels.cpu import sorting
-
-        return sorting.sort_positions(buckets_BHRT)
+        return _cpu_sorting.sort_positions(buckets_BHRT)
     return _sorting.sort_positions(buckets_BHRT)
 
 
 def lsh_attention(qk_BTHD: Tensor, *args: Any, backend: str = "auto", **kwargs: Any) -> tuple[Tensor, Tensor]:
     """See :func:`flash_reformer.ops.attention.lsh_attention`. Gradients flow through the output, not the lse."""
     if backend_for(qk_BTHD, backend) == "cpu":
-        from flash_reformer.kernels.cpu import attention
-
-        return attention.lsh_attention(qk_BTHD, *args, **kwargs)
+        return _cpu_attention.lsh_attention(qk_BTHD, *args, **kwargs)
     return _attention.lsh_attention(qk_BTHD, *args, **kwargs)
 
 
 def local_attention(query_BTHD: Tensor, *args: Any, backend: str = "auto", **kwargs: Any) -> tuple[Tensor, Tensor]:
     """See :func:`flash_reformer.ops.attention.local_attention`. Gradients flow through the output, not the lse."""
     if backend_for(query_BTHD, backend) == "cpu":
-        from flash_reformer.kernels.cpu import attention
-
-        return attention.local_attention(query_BTHD, *args, **kwargs)
+        return _cpu_attention.local_attention(query_BTHD, *args, **kwargs)
     return _attention.local_attention(query_BTHD, *args, **kwargs)
 
 
 def exact_attention(query_BTHD: Tensor, *args: Any, backend: str = "auto", **kwargs: Any) -> tuple[Tensor, Tensor]:
     """See :func:`flash_reformer.ops.attention.exact_attention`. Gradients flow through the output, not the lse."""
     if backend_for(query_BTHD, backend) == "cpu":
-        from flash_reformer.kernels.cpu import attention
-
-        return attention.exact_attention(query_BTHD, *args, **kwargs)
+        return _cpu_attention.exact_attention(query_BTHD, *args, **kwargs)
     return _attention.exact_attention(query_BTHD, *args, **kwargs)
 
 
 def dropout(x_XW: Tensor, p: float, seed: Tensor, *, backend: str = "auto") -> Tensor:
     """See :func:`flash_reformer.ops.randomness.dropout`."""
     if backend_for(x_XW, backend) == "cpu":
-        from flash_reformer.kernels.cpu import randomness
-
-        return randomness.dropout(x_XW, p, seed)
+        return _cpu_randomness.dropout(x_XW, p, seed)
     return _randomness.dropout(x_XW, p, seed)
 
 
@@ -162,9 +155,7 @@ def linear(x_XI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, bac
     """
     chosen = backend_for(x_XI, backend)
     if chosen == "cpu" and _suits_convolution(x_XI, weight_OI):
-        from flash_reformer.kernels.cpu import linear as kernel
-
-        return kernel.linear(x_XI, weight_OI, bias_O)
+        return _cpu_linear.linear(x_XI, weight_OI, bias_O)
     return _linear.linear(x_XI, weight_OI, bias_O)
 
 

@@ -5,6 +5,8 @@ The back ends here need no compiler: they run the graph that was captured.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -185,6 +187,23 @@ def test_export_takes_masks_and_names_its_operators() -> None:
         "cpu_local_attention",
     ):
         assert any(name in target for target in targets), name
+
+
+def test_a_saved_program_runs_elsewhere(tmp_path: Any) -> None:
+    """Importing the package is all that a new process needs."""
+    model = build(hash_seed=3)
+    shapes = {"input_ids": {1: Dim("T", min=9, max=128)}}
+    torch.export.save(torch.export.export(_Logits(model), (ids_of(50),), dynamic_shapes=shapes), tmp_path / "model.pt2")
+    torch.save(ids_of(77), tmp_path / "ids.pt")
+    code = (
+        "import sys, torch, flash_reformer; folder = sys.argv[1];"
+        "ids = torch.load(folder + '/ids.pt');"
+        "torch.save(torch.export.load(folder + '/model.pt2').module()(ids), folder + '/logits.pt')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=300)
+    with torch.no_grad():
+        expected = model(ids_of(77), use_cache=False).logits
+    assert (torch.load(tmp_path / "logits.pt") - expected).abs().max() < CLOSE
 
 
 def test_inference_mode_gives_what_no_grad_does() -> None:

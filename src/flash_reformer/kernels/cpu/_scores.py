@@ -63,9 +63,16 @@ def marks(positions: Tensor, dtype: torch.dtype) -> Tensor:
     return positions.to(dtype).mul_(_MARK)
 
 
-def set_scores(scores_nCW: Tensor, scratch_nCW: Tensor, slab: Slab, facts: Facts, rules: Rules) -> None:
-    """Set in place the scores of pairs that may not be or are one token with itself; ``scratch`` is overwritten."""
+def set_scores(
+    scores_nCW: Tensor, scratch_nCW: Tensor, slab: Slab, facts: Facts, rules: Rules, alike: bool = False
+) -> None:
+    """Set in place the scores of pairs that may not be or are one token with itself; ``scratch`` is overwritten.
+
+    ``alike`` says that in positions every chunk of the slab stands to its window as the first one does.
+    """
     query_nC1, key_n1W = _pair(slab, facts.marks_GNC)
+    if alike:
+        query_nC1, key_n1W, scratch_nCW = query_nC1[:1], key_n1W[:1], scratch_nCW[:1]
     if rules.exclude_self:
         torch.sub(query_nC1, key_n1W, out=scratch_nCW)
         if facts.open_GNC is not None:

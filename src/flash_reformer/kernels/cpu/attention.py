@@ -62,7 +62,7 @@ def _lsh_rings(
             buckets_RGNC = torch.stack(of_round)
     facts = Facts(marks(positions_BHS, wide).reshape(slots), open_GNC, labels_GNC, chunks_RGNC, buckets_RGNC)
     rules = Rules(window, causal, exclude_self=True, chunks_per_round=T // C, num_rounds=R)
-    return Rings(_rows(positions_BHS, T).reshape(slots), facts, rules, True, *dropout)
+    return Rings(_rows(positions_BHS, T).reshape(slots), facts, rules, True, H, False, *dropout)
 
 
 def _flat(x_BTHD: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def _local_rings(
         open_GNC = open_BT.unsqueeze(1).expand(B, H, T).reshape(slots)
     facts = Facts(marks(positions_BHT, wide).reshape(slots), open_GNC)
     rules = Rules(window, causal, exclude_self=False, chunks_per_round=slots[1], num_rounds=1)
-    return Rings(_rows(positions_BHT, T).reshape(slots), facts, rules, False, *dropout)
+    return Rings(_rows(positions_BHT, T).reshape(slots), facts, rules, False, H, True, *dropout)
 
 
 @torch.library.custom_op("flash_reformer::cpu_local_attention", mutates_args=())
