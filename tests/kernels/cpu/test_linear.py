@@ -14,6 +14,14 @@ from tests.ops.tools import randn
 SHAPES = [(7,), (1, 7), (13, 7), (2, 9, 7), (2, 3, 5, 7), (2, 1, 3, 4, 7), (300, 7)]
 
 
+@pytest.fixture(params=["at once", "in pieces"], autouse=True)
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done with results too large for the heap is done with small ones too."""
+    if request.param == "in pieces":
+        monkeypatch.setattr(kernels, "_LARGE", 0)
+        monkeypatch.setattr(kernels, "_PIECE", 40)
+
+
 def results(linear: object, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     assert callable(linear)
     out = linear(*inputs.values())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_reformer.kernels.cpu import attention, hashing, randomness, sorting  # noqa: F401  they register operators
+from flash_reformer.kernels.cpu import attention, hashing, linear, randomness, sorting  # noqa: F401  they register operators
 from flash_reformer.ops import hashing as ops_hashing  # noqa: F401
 from tests.kernels.cpu.tools import exact_blocks, layout_of, make_mask, seed, slab_scores, window
 from tests.ops.tools import randn
@@ -38,6 +38,8 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple[Any, ...]]
     exact = [(None, None, True, False, 0.0), (MASK, seed(3), False, True, 0.5)]
     vectors, rotations = draw(6, False, dtype), randn(H, D, R, 5, seed=7, dtype=dtype)
     device = torch.device("cpu")
+    weight, bias = randn(5, D, seed=8, dtype=dtype).requires_grad_(), randn(5, seed=9, dtype=dtype).requires_grad_()
+    d_out_linear = randn(B, T, H, 5, seed=10, dtype=dtype)
     return {
         "cpu_lsh_attention": [(q, v, *rest) for rest in lsh],
         "cpu_lsh_attention_backward": [(d_out, out, lse_rounds, plain[0], plain[2], *rest) for rest in lsh],
@@ -48,6 +50,12 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple[Any, ...]]
         "cpu_hash_vectors": [(vectors, rotations, [4, 6], MASK), (vectors, rotations, [10], None)],
         "cpu_sort_positions": [(BUCKETS,), (BUCKETS.int(),)],
         "cpu_dropout": [(q, 0.5, seed(3))],
+        "cpu_linear": [(q, weight, bias), (q, weight, None)],
+        "cpu_linear_backward": [
+            (d_out_linear, plain[0], weight.detach(), True, True, True),
+            (d_out_linear, plain[0], weight.detach(), False, True, False),
+            (d_out_linear, plain[0], weight.detach(), True, False, False),
+        ],
         "draw_rotations": [(seed(3), [H, D, R, 5], dtype, device)],
     }
 

@@ -252,7 +252,9 @@ def attend_backward(
         d_value_nWE = torch.bmm(kept_nCW.transpose(1, 2), d_out_nCE, out=room("windows", n, W, E))
         num_chunks = operands.key_YD.shape[0] // C
         operands.around.add(d_value_XD, slab.fold(d_value_nWE, room("folded", num_chunks, C, E)).flatten(0, 1))
-        d_query_nCD = torch.bmm(d_scores_nCW, operands.key_nWD, out=room("o", n, C, D)).mul_(factor_nC1 * operands.scale)
+        d_query_nCD = torch.bmm(d_scores_nCW, operands.key_nWD, out=room("o", n, C, D)).mul_(
+            factor_nC1 * operands.scale
+        )
         operands.own.add(d_query_XD, d_query_nCD.flatten(0, 1))
         live_query_nCD = torch.mul(operands.query_nCD, factor_nC1, out=room("live", n, C, D))
         d_key_nWD = torch.bmm(d_scores_nCW.transpose(1, 2), live_query_nCD, out=room("windows", n, W, D))
