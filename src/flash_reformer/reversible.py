@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from flash_reformer.buffers import lasting_like, release
 from flash_reformer.residual import add, add_in_pieces
@@ -188,9 +189,7 @@ class _Block(torch.autograd.Function):
             x2, low2, d1 = _undo(g, None, at=y1, out=y2, low=low2, d_at=d1, d_out=d2, grads=grads)
         with ctx.before_f.restore():
             x1, low1, d2 = _undo(f, record, at=x2, out=y1, low=low1, d_at=d2, d_out=d1, grads=grads)
-        for tensor in (x1, x2, low1, low2):
-            tensor._rebuilt = True  # type: ignore[attr-defined]
-        return None, None, None, d1, d2, None, None, x1, x2, low1, low2, *grads.sums
+        return None, None, None, d1, d2, None, None, *_as_ours(x1, x2, low1, low2), *grads.sums
 
 
 @contextlib.contextmanager
@@ -224,11 +223,11 @@ class _LeafGradients:
         """One gradient per leaf, None where nothing led to it."""
         return [buffer if touched else None for buffer, touched in zip(self._buffers, self._touched, strict=True)]
 
-    def through(self, out: Tensor, x: Tensor, d_out: Tensor) -> Tensor | None:
+    def through(self, out: GradientEdge, x: Tensor, d_out: Tensor) -> Tensor | None:
         """Add the gradients of the leaves under ``out`` and return the gradient of ``x``."""
         leaves = [leaf for _, leaf in self._wanted]
         with _without_hooks(leaves):
-            d_x, *d_leaves = torch.autograd.grad(out, [x, *leaves], d_out.to(out.dtype), allow_unused=True)
+            d_x, *d_leaves = torch.autograd.grad([out], [x, *leaves], [d_out], allow_unused=True)
         for (index, _), d_leaf in zip(self._wanted, d_leaves, strict=True):
             buffer = self._buffers[index]
             if d_leaf is not None and buffer is not None:
@@ -238,6 +237,13 @@ class _LeafGradients:
                     buffer.copy_(d_leaf)
                 self._touched[index] = True
         return d_x
+
+
+def _as_ours(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Mark tensors that only the block below will see, and may write over."""
+    for tensor in tensors:
+        tensor._ours = True  # type: ignore[attr-defined]
+    return tensors
 
 
 def _undo(
@@ -252,16 +258,18 @@ def _undo(
     grads: _LeafGradients,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Undo ``out = in + branch(at)``: return ``in``, its low part and the gradient of ``at``, ``d_at`` included."""
-    # What the block above rebuilt is nobody else's and not needed again; what was stored may be.
-    undone, undone_low = (t if getattr(t, "_rebuilt", False) else lasting_like(t) for t in (out, low))
+    undone, undone_low = (t if getattr(t, "_ours", False) else lasting_like(t) for t in (out, low))
     d_undone = lasting_like(d_at)
     pieces = (branch.split(tensor) for tensor in (at, out, low, d_at, d_out, undone, undone_low, d_undone))
     for at_, out_, low_, d_at_, d_out_, undone_, undone_low_, d_undone_ in zip(*pieces, strict=True):
         with torch.enable_grad():
             leaf = at_.detach().requires_grad_()
             value, _ = branch.run(leaf, record, *branch.sides)
-        d_leaf = grads.through(value, leaf, d_out_)
         add_in_pieces(out_, low_, value.detach(), negated=True, out=(undone_, undone_low_))
+        # The graph is entered by its last edge, so that the value itself, not needed again, is gone by then.
+        edge, dtype = get_gradient_edge(value) if value.requires_grad else None, value.dtype
+        del value
+        d_leaf = None if edge is None else grads.through(edge, leaf, d_out_.to(dtype))
         if d_leaf is None:
             d_undone_.copy_(d_at_)
         else:
@@ -317,7 +325,9 @@ class _Close(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_both: Tensor) -> tuple[Tensor | None, ...]:
         both, low1, low2 = ctx.saved_tensors
-        return *d_both.chunk(2, dim=-1), None, None, *both.chunk(2, dim=-1), low1, low2
+        # Copies, so that what is stored is free while the chain is walked back.
+        pair = [lasting_like(tensor).copy_(tensor) for tensor in (*both.chunk(2, dim=-1), low1, low2)]
+        return *d_both.chunk(2, dim=-1), None, None, *_as_ours(*pair)
 
 
 def open_channel(streams: Streams) -> Streams:
