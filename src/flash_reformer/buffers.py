@@ -13,6 +13,7 @@ import math
 import mmap
 import threading
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,47 +38,64 @@ def _has_huge_pages() -> bool:
 
 def _map(size: int) -> tuple[mmap.mmap, int]:
     """Return fresh memory of zeros and at which offset it begins."""
-    if not _has_huge_pages():
+    if not hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, size), 0
-    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    # Only a huge page that begins where it should is one; what lies before is never touched, so it does not exist.
-    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-    return memory, -address % _HUGE_PAGE
+    # Private: a forked process must not write into its parent's tensors.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if size < _HUGE_PAGE or not _has_huge_pages():
+        return mmap.mmap(-1, size, flags=flags), 0
+    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=flags)
+    # A huge page begins at a multiple of its size. What lies before is never touched, so it does not exist; what is
+    # left at the end gets ordinary pages, so that no tensor takes more than it asked for.
+    offset = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
+    memory.madvise(mmap.MADV_HUGEPAGE, offset, size // _HUGE_PAGE * _HUGE_PAGE)
+    return memory, offset
 
 
 class _Pool(threading.local):
     """A thread's memory that no tensor holds at the moment, to be used again for tensors of the same size."""
 
     def __init__(self, limit: float) -> None:
-        self._limit = limit
-        self._free: list[tuple[int, mmap.mmap, int]] = []
+        self._kept = _Kept([], limit)
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return an uninitialised tensor."""
         count = math.prod(shape)
         size = count * dtype.itemsize
-        place = next((i for i, (free_size, _, _) in enumerate(self._free) if free_size == size), None)
-        entry = (size, *_map(size)) if place is None else self._free.pop(place)
+        free = self._kept.free
+        place = next((i for i, (free_size, _, _) in enumerate(free) if free_size == size), None)
+        entry = (size, *_map(size)) if place is None else free.pop(place)
         _, memory, offset = entry
         # The tensor's storage holds the view; when both are gone, the memory is free again.
         view = memoryview(memory)
-        weakref.finalize(view, _give_back, self._free, self._limit, entry).atexit = False
+        weakref.finalize(view, self._kept.give_back, entry).atexit = False
         return torch.frombuffer(view, dtype=dtype, count=count, offset=offset).view(shape)
 
-    def release(self) -> None:
-        """Give free memory back to the system."""
-        self._free.clear()
+    def keep_at_most(self, limit: float) -> None:
+        """Keep no more than so many bytes from now on."""
+        self._kept.limit = limit
+        self._kept.shrink()
 
 
-def _give_back(free: list[tuple[int, mmap.mmap, int]], limit: float, entry: tuple[int, mmap.mmap, int]) -> None:
-    """Keep memory for its thread, from whichever thread the tensor went, unless that would be too much."""
-    if entry[0] + sum(size for size, _, _ in free) <= limit:
-        free.append(entry)
+@dataclass
+class _Kept:
+    """Free memory, the oldest first: size, memory, offset. It comes back from whichever thread a tensor went to."""
+
+    free: list[tuple[int, mmap.mmap, int]]
+    limit: float
+
+    def give_back(self, entry: tuple[int, mmap.mmap, int]) -> None:
+        self.free.append(entry)
+        self.shrink()
+
+    def shrink(self) -> None:
+        """Give the oldest back to the system until the rest is within the limit."""
+        while self.free and sum(size for size, _, _ in self.free) > self.limit:
+            del self.free[0]
 
 
-#: What results of operations may keep while nobody holds them, and what the streams of a running chain may.
-_results, _streams = _Pool(2**27), _Pool(math.inf)
+#: What results of operations may keep while nobody holds them. Streams keep all they need while a chain is walked.
+_results, _streams = _Pool(2**27), _Pool(0)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -99,6 +117,11 @@ def lasting_like(x: Tensor) -> Tensor:
     return _streams.take(tuple(x.shape), x.dtype)
 
 
-def release() -> None:
-    """Give back what the streams of this thread's chains have kept."""
-    _streams.release()
+def begin_walk() -> None:
+    """From now on keep what this thread's streams leave, for the blocks that follow."""
+    _streams.keep_at_most(math.inf)
+
+
+def end_walk() -> None:
+    """Give back what they have left, and what they will."""
+    _streams.keep_at_most(0)

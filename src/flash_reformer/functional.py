@@ -164,6 +164,7 @@ def _suits_convolution(x_XI: Tensor, weight_OI: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(weight_OI) in (Tensor, torch.nn.Parameter)
         and x_XI.dtype == weight_OI.dtype == torch.float32
+        and x_XI.shape[-1] == weight_OI.shape[1]
         and not torch.is_autocast_enabled("cpu")
         and math.prod(x_XI.shape[:-1]) * weight_OI.numel() >= _FEW_MULTIPLICATIONS
     )

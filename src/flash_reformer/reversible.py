@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from flash_reformer.buffers import lasting_like, release
+from flash_reformer.buffers import begin_walk, end_walk, lasting_like
 from flash_reformer.residual import add, add_in_pieces
 
 #: What a branch decided in its forward and must not decide again in its recomputation (hash buckets, say).
@@ -292,7 +292,7 @@ class _Open(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d1: Tensor, d2: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        release()
+        end_walk()
         return d1, d2, None, None, None
 
 
@@ -324,6 +324,7 @@ class _Close(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_both: Tensor) -> tuple[Tensor | None, ...]:
+        begin_walk()
         both, low1, low2 = ctx.saved_tensors
         # Copies, so that what is stored is free while the chain is walked back.
         pair = [lasting_like(tensor).copy_(tensor) for tensor in (*both.chunk(2, dim=-1), low1, low2)]
@@ -333,7 +334,7 @@ class _Close(torch.autograd.Function):
 def open_channel(streams: Streams) -> Streams:
     """Start a reversible chain at ``streams``, which must have low parts."""
     assert streams.low1 is not None and streams.low2 is not None, "start(x, exact=True) comes first"
-    release()
+    begin_walk()
     token = torch.zeros((), device=streams.x1.device, requires_grad=True)
     x1, x2, *channel = _Open.apply(*streams[:4], token)
     return Streams(x1, x2, streams.low1, streams.low2, tuple(channel))
@@ -370,4 +371,6 @@ def keep(streams: Streams) -> Streams:
 def close_channel(streams: Streams) -> Tensor:
     """End a chain: return ``[y1 ; y2]``, concatenated along the last dimension."""
     assert streams.channel is not None, "open_channel() comes first"
-    return _Close.apply(*streams[:4], *streams.channel)
+    both: Tensor = _Close.apply(*streams[:4], *streams.channel)
+    end_walk()
+    return both

@@ -100,7 +100,9 @@ def test_the_switch_reaches_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
         for chosen in seen.values():
             chosen.clear()
         step(model, ids_of(700))
-        assert seen == {name: {backend} for name in names}
+        # The reference's linear layers are torch's own.
+        plain = {"linear": set()} if backend == "reference" else {}
+        assert seen == {**{name: {backend} for name in names}, **plain}
     assert sum(isinstance(module, (Linear, Dropout)) for module in model.modules()) > 12
 
 
@@ -188,3 +190,54 @@ def test_two_models_in_two_threads() -> None:
             assert torch.equal(other_loss, loss)
             for name, grad in grads.items():
                 assert (other_grads[name] - grad).norm() <= 1e-6 * grad.norm(), name
+
+
+def test_inference_mode_leaves_nothing_behind() -> None:
+    """Buffers that a thread keeps are made outside of it: whoever comes next may write to them."""
+
+    def work() -> None:
+        try:
+            model = build(hash_seed=5).eval()
+            with torch.inference_mode():
+                model(ids_of(512), use_cache=False)
+            step(model.train(), ids_of(512))
+            step(build(hash_seed=6), ids_of(700))
+        except Exception as error:
+            failed.append(error)
+
+    # In a thread of its own, which has made no buffers yet.
+    failed: list[Exception] = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failed, failed
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.ao")
+def test_the_reference_has_plain_linear_layers_that_can_be_quantised() -> None:
+    model = build(hash_seed=5).eval()
+    ids = ids_of(300)
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+        model.set_backend("reference")
+        assert not any(type(module) is Linear for module in model.modules())
+        quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear})
+        assert any("quantized" in type(module).__module__ for module in quantised.modules())
+        for backend in ("reference", "auto"):
+            quantised.set_backend(backend)
+            found = quantised(ids, use_cache=False).logits
+            assert 0 < (found - before).abs().max() < 0.1
+    model.set_backend("auto")
+    assert not any(type(module) is nn.Linear for module in model.modules())
+    with torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, before)
+
+
+def test_a_resized_head_keeps_its_backend() -> None:
+    model = build()
+    model.set_backend("cpu")
+    model.resize_token_embeddings(70)
+    assert type(model.lm_head.decoder) is Linear
+    assert model.lm_head.decoder.backend == "cpu"

@@ -30,7 +30,22 @@ class Dropout(nn.Dropout):
         """Zero entries with probability ``p`` in training and scale up the others."""
         if not self.training or self.p == 0.0:
             return x
-        if x.device.type != "cpu" or x.numel() < _SMALL:
+        if x.device.type != "cpu" or x.numel() < _SMALL or self.inplace or not x.is_floating_point():
             return super().forward(x)
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
         return functional.dropout(x, self.p, seed, backend=self.backend)
+
+
+def set_backend(root: nn.Module, backend: str) -> None:
+    """Choose the backend of all linear layers and dropouts in ``root``.
+
+    For ``"reference"`` linear layers are exactly ``nn.Linear``, which is what ``torch.ao.quantization`` looks for.
+    """
+    for module in root.modules():
+        if isinstance(module, (Linear, Dropout)):
+            module.backend = backend
+        if type(module) is Linear and backend == "reference":
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+        elif type(module) is nn.Linear and backend != "reference":
+            module.__class__ = Linear
+            module.backend = backend  # type: ignore[assignment]

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from flash_reformer.functional import IGNORE_INDEX, cross_entropy_sum
 from flash_reformer.layers.head import ReformerOnlyLMHead
+from flash_reformer.layers.linear import set_backend
 from flash_reformer.models.configuration_reformer import ReformerConfig, check_consistency
 from flash_reformer.models.generation import CachedGeneration
 from flash_reformer.models.head_tools import extras, finish, mean_loss
@@ -48,6 +49,7 @@ class _LanguageModel(ReformerPreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the projection to the vocabulary, keeping as much of the bias as fits."""
         self.lm_head.decoder = new_embeddings
+        set_backend(self.lm_head, self.backend)
         old, size = self.lm_head.bias, new_embeddings.weight.shape[0]
         if size != old.shape[0]:
             bias = torch.zeros(size, dtype=old.dtype, device=old.device)

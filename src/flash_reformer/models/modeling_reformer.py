@@ -11,14 +11,13 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from flash_reformer import functional
-from flash_reformer.layers import block
+from flash_reformer.layers import block, linear
 from flash_reformer.layers.attention import ReformerAttention
 from flash_reformer.layers.call import Call
 from flash_reformer.layers.decode_storage import Fill
 from flash_reformer.layers.embeddings import ReformerEmbeddings
 from flash_reformer.layers.encoder import ReformerEncoder
 from flash_reformer.layers.head import ReformerOnlyLMHead
-from flash_reformer.layers.linear import Dropout, Linear
 from flash_reformer.models import inputs as door
 from flash_reformer.models.cache import ReformerCache
 from flash_reformer.models.configuration_reformer import ReformerConfig, check_consistency
@@ -82,15 +81,15 @@ class ReformerPreTrainedModel(ResizablePositions, PreTrainedModel):
 
         Args:
             backend: ``"auto"``, the fastest that can run; ``"reference"``, the plain PyTorch definitions;
-                ``"cpu"``, the kernels for a CPU, where a forward on another device raises ``ValueError``.
+                ``"cpu"``, the kernels for a CPU, where a forward on another device raises ``ValueError``. With
+                ``"reference"`` linear layers are exactly ``nn.Linear``, which ``torch.ao.quantization`` asks for, and
+                second derivatives exist (with ``reversible=False``).
 
         Raises:
             ValueError: for any other name.
         """
         cast(ReformerModel, self.base_model)._backend = functional.check_backend(backend)
-        for module in self.modules():
-            if isinstance(module, (Linear, Dropout)):
-                module.backend = backend
+        linear.set_backend(self, backend)
 
     def share_trained_buckets(self) -> None:
         """Record the largest automatic bucket count that any rank has trained with. A collective call.

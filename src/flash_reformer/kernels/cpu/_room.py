@@ -24,7 +24,9 @@ class Room:
         size = math.prod(shape)
         flat = self._flat.get(name)
         if flat is None or flat.numel() < size:
-            flat = torch.empty(size, dtype=self.dtype)
+            # Inference mode would mark it for good, and every later call outside of it would fail.
+            with torch.inference_mode(False):
+                flat = torch.empty(size, dtype=self.dtype)
             if size * self.dtype.itemsize <= _LARGEST_KEPT:
                 self._flat[name] = flat
         return flat[:size].view(shape)
