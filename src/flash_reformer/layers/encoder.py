@@ -81,7 +81,8 @@ class ReformerEncoder(nn.Module):
         output_attentions: bool,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         # Low parts serve whoever rebuilds a stream; plain autograd gets them too, to have the same values.
-        streams = start(embeds_BTE, exact=torch.is_grad_enabled())
+        # An exported program rebuilds nothing, and would carry switches of autograd that torch cannot load.
+        streams = start(embeds_BTE, exact=torch.is_grad_enabled() and not torch.compiler.is_exporting())
         states: list[Tensor] = []
         probs: list[Tensor] = []
         # Returned probabilities carry gradients, so every layer's activations are stored anyway.
