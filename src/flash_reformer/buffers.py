@@ -1,13 +1,14 @@
 """Memory of large tensors on a CPU, apart from the heap: of huge pages, and used again.
 
-Fetching fresh memory page by page costs more than most of what is done with it: 3 ms and more for 16 MiB, where a copy
-takes 1. So memory of results is kept, up to a limit. And what a block leaves behind (streams, their gradients) would
+Fetching fresh memory page by page costs more than most of what is done with it: in trials 3 ms and more for 16 MiB,
+where a copy takes 1. So memory of results is kept, up to a limit. And what a block leaves behind (streams, their gradients) would
 lie among its large temporaries on the heap: the holes between do not quite fit the next block's temporaries, and the
 heap grows by some streams in every layer though live memory does not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import mmap
@@ -62,9 +63,7 @@ class _Pool(threading.local):
         """Return an uninitialised tensor."""
         count = math.prod(shape)
         size = count * dtype.itemsize
-        free = self._kept.free
-        place = next((i for i, (free_size, _, _) in enumerate(free) if free_size == size), None)
-        entry = (size, *_map(size)) if place is None else free.pop(place)
+        entry = self._kept.find(size) or (size, *_map(size))
         _, memory, offset = entry
         # The tensor's storage holds the view; when both are gone, the memory is free again.
         view = memoryview(memory)
@@ -84,14 +83,24 @@ class _Kept:
     free: list[tuple[int, mmap.mmap, int]]
     limit: float
 
+    def find(self, size: int) -> tuple[int, mmap.mmap, int] | None:
+        """Take memory of this size out; None if there is none. Another thread may give back or drop some meanwhile."""
+        for entry in list(self.free):
+            if entry[0] == size:
+                with contextlib.suppress(ValueError):
+                    self.free.remove(entry)
+                    return entry
+        return None
+
     def give_back(self, entry: tuple[int, mmap.mmap, int]) -> None:
         self.free.append(entry)
         self.shrink()
 
     def shrink(self) -> None:
         """Give the oldest back to the system until the rest is within the limit."""
-        while self.free and sum(size for size, _, _ in self.free) > self.limit:
-            del self.free[0]
+        while sum(size for size, _, _ in list(self.free)) > self.limit:
+            with contextlib.suppress(IndexError):
+                self.free.pop(0)
 
 
 #: What results of operations may keep while nobody holds them. Streams keep all they need while a chain is walked.

@@ -76,7 +76,7 @@ def set_scores(
     if rules.exclude_self:
         torch.sub(query_nC1, key_n1W, out=scratch_nCW)
         if facts.open_GNC is not None:
-            _set_by_mask(scores_nCW, scratch_nCW, slab, facts.open_GNC)
+            _set_by_mask(scores_nCW, slab, facts.open_GNC)
         if rules.causal:
             scratch_nCW.add_(SELF_SCORE).clamp_(min=FORBIDDEN_SCORE)
         else:
@@ -92,7 +92,7 @@ def set_scores(
             torch.sub(query_nC1 + _MARK / 2, key_n1W, out=scratch_nCW)
             torch.minimum(scores_nCW, scratch_nCW.clamp_(min=FORBIDDEN_SCORE), out=scores_nCW)
         if facts.open_GNC is not None:
-            _set_by_mask(scores_nCW, scratch_nCW, slab, facts.open_GNC)
+            _set_by_mask(scores_nCW, slab, facts.open_GNC)
     _remove_invisible(scores_nCW, slab, facts, rules)
     if facts.chunks_RGNC is not None:
         scores_nCW.sub_(_appearances(scratch_nCW, slab, facts, rules).clamp_(min=1.0).log_())
@@ -103,7 +103,7 @@ def _pair(slab: Slab, fact_GNC: Tensor) -> tuple[Tensor, Tensor]:
     return slab.own(fact_GNC).unsqueeze(-1), slab.windows(slab.around(fact_GNC)).unsqueeze(1)
 
 
-def _set_by_mask(scores_nCW: Tensor, scratch_nCW: Tensor, slab: Slab, open_GNC: Tensor) -> None:
+def _set_by_mask(scores_nCW: Tensor, slab: Slab, open_GNC: Tensor) -> None:
     torch.minimum(scores_nCW, slab.windows(slab.around(open_GNC)).unsqueeze(1), out=scores_nCW)
 
 

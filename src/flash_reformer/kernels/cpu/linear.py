@@ -1,8 +1,8 @@
 """A linear map as a convolution with windows of one. Letters: X any leading shape, N rows, I inputs, O outputs.
 
 The same product, but done by oneDNN, which uses all of AVX-512 on every processor that has it; the BLAS behind fp32
-matrix products uses half of it on AMD's (measured: 490 against 205 GFLOP/s). Rows go in pieces, whose results are small
-enough for the heap to give the same memory again and again.
+matrix products uses half of it on AMD's (in trials 490 against 205 GFLOP/s on two cores). Where results are large, rows
+go in pieces, small enough for the heap to give the same memory again and again.
 """
 
 from __future__ import annotations
