@@ -1,9 +1,9 @@
 """Memory of large tensors on a CPU, apart from the heap: of huge pages, and used again.
 
 Fetching fresh memory page by page costs more than most of what is done with it: in trials 3 ms and more for 16 MiB,
-where a copy takes 1. So memory of results is kept, up to a limit. And what a block leaves behind (streams, their gradients) would
-lie among its large temporaries on the heap: the holes between do not quite fit the next block's temporaries, and the
-heap grows by some streams in every layer though live memory does not.
+where a copy takes 1. So memory of results is kept, up to a limit. And what a block leaves behind (streams, their
+gradients) would lie among its large temporaries on the heap: the holes between do not quite fit the next block's
+temporaries, and the heap grows by some streams in every layer though live memory does not.
 """
 
 from __future__ import annotations
