@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV   := .venv
+comma  := ,
 BIN    := $(VENV)/bin
 FLOOR  := .venv-floor
 
@@ -58,7 +59,7 @@ $(VENV)/.stamp-bench: $(VENV)/.stamp
 	  then touch $@; else echo "reformer-pytorch could not be installed; it will be reported as missing" >&2; fi
 
 $(FLOOR)/.stamp: constraints-floor.txt pyproject.toml
-	$(call make-venv,$(FLOOR),constraints-floor.txt,test)
+	$(call make-venv,$(FLOOR),constraints-floor.txt,test$(comma)triton)
 
 # make-venv: folder, constraints file, extra. The stamp comes last, so an interrupted setup is done again.
 define make-venv

@@ -12,6 +12,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Read by triton when it is imported, which nothing above does: without a device kernels run in triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The same examples on every run, on every machine; no deadline, since a busy machine is no wrong result.
 settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.load_profile("deterministic")

@@ -41,8 +41,9 @@ ROOMS = {
     "functional": _room("ops kernels kernels/cpu", "torch", lazily="kernels/triton"),
     "buffers": _room("", "torch"),
     "residual": _room("buffers", "torch"),
-    "reversible": _room("buffers residual", "torch"),
-    "layers": _room("functional reversible", "torch"),
+    "seeds": _room("", "torch"),
+    "reversible": _room("buffers residual seeds", "torch"),
+    "layers": _room("functional reversible seeds", "torch"),
     "models": _room("layers functional", "torch transformers"),
     "distributed": _room("functional reversible layers", "torch"),
     "inspection": _room("functional models", "torch", lazily="matplotlib"),
@@ -201,13 +202,14 @@ def file_sizes(folder: Path) -> list[str]:
 
 
 def function_sizes(package: Path) -> list[str]:
-    """A function fits a screen."""
+    """A function fits a screen. The arguments of device code do not count: nothing but arguments reaches it."""
     found = []
     for source in sources(package):
         limit = OPS_FUNCTION_LIMIT if source.room == "ops" else FUNCTION_LIMIT
         for node in ast.walk(source.tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                begin = node.body[0].lineno if source.room == "kernels/triton" else node.lineno
+                length = (node.end_lineno or node.lineno) - begin + 1
                 if length > limit:
                     found.append(source.at(node, f"{node.name} has {length} lines, {limit} at most"))
     return found

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from flash_reformer.buffers import lasting_like
 
-#: Numbers that one pass of :func:`add_in_pieces` works on: its seven tensors then stay in the cache.
-_PIECE = 2**16
+#: Numbers that one pass of :func:`add_in_pieces` works on: its seven tensors then stay in a CPU's cache. Elsewhere a
+#: pass is as large as its temporaries may be, since launching it takes time too.
+_PIECE, _PIECE_ON_DEVICE = 2**16, 2**25
 
 
 def add(x: Tensor, low: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -37,7 +38,8 @@ def add_in_pieces(
     ``negated`` adds ``-value``. ``out`` are tensors to write to.
     """
     result, lost = (lasting_like(x), lasting_like(x)) if out is None else out
-    positions = max(1, _PIECE * x.shape[1] // max(1, x.numel()))
+    piece = _PIECE if x.device.type == "cpu" else _PIECE_ON_DEVICE
+    positions = max(1, piece * x.shape[1] // max(1, x.numel()))
     pieces = (tensor.split(positions, dim=1) for tensor in (x, low, value, result, lost))
     for x_, low_, value_, result_, lost_ in zip(*pieces, strict=True):
         after, after_low = add(x_, low_, -value_ if negated else value_)

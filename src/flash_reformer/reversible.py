@@ -36,6 +36,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from flash_reformer.buffers import begin_walk, end_walk, lasting_like
 from flash_reformer.residual import add, add_in_pieces
+from flash_reformer.seeds import giving_seeds, is_capturing, keeping_seeds
 
 #: What a branch decided in its forward and must not decide again in its recomputation (hash buckets, say).
 Record = tuple[Tensor, ...]
@@ -103,7 +104,7 @@ class _Surroundings(NamedTuple):
         return _Surroundings(
             torch.get_rng_state(),
             device,
-            torch.cuda.get_rng_state(device) if cuda else None,
+            torch.cuda.get_rng_state(device) if cuda and not is_capturing(device) else None,
             tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)),
         )
 
@@ -148,16 +149,19 @@ class _Block(torch.autograd.Function):
         ctx.f, ctx.g, ctx.parameters = f, g, parameters
         ctx.before_f = _Surroundings.capture(x1.device)
         with ctx.before_f.autocasting():
-            value, record = f(x2)
+            with keeping_seeds(x1.device) as seeds_f:
+                value, record = f(x2)
             y1, low_y1 = add_in_pieces(x1, low1, value)
             del value
             ctx.before_g = _Surroundings.capture(x1.device)
-            y2, low_y2 = add_in_pieces(x2, low2, g(y1)[0])
+            with keeping_seeds(x1.device) as seeds_g:
+                y2, low_y2 = add_in_pieces(x2, low2, g(y1)[0])
         # Copied now that the branches' temporaries are gone, for the reason that _LeafGradients gives.
         record = tuple(tensor.clone() for tensor in record)
         # The explicit inputs are saved only for autograd's check that nobody changes them before the recomputation.
         ctx.save_for_backward(*record, *tensors[8:])
         ctx.num_records = len(record)
+        ctx.seeds_f, ctx.seeds_g = seeds_f, seeds_g
         ctx.leaves = tensors[8 + len(f.sides) + len(g.sides) :]
         ctx.mark_non_differentiable(low_y1, low_y2)
         ctx.set_materialize_grads(False)
@@ -185,9 +189,9 @@ class _Block(torch.autograd.Function):
                 "run again as it was (torch.func.functional_call does that, too); use reversible=False"
             )
         grads = _LeafGradients([*f.sides, *g.sides, *parameters])
-        with ctx.before_g.restore():
+        with ctx.before_g.restore(), giving_seeds(ctx.seeds_g, y1.device):
             x2, low2, d1 = _undo(g, None, at=y1, out=y2, low=low2, d_at=d1, d_out=d2, grads=grads)
-        with ctx.before_f.restore():
+        with ctx.before_f.restore(), giving_seeds(ctx.seeds_f, y1.device):
             x1, low1, d2 = _undo(f, record, at=x2, out=y1, low=low1, d_at=d2, d_out=d1, grads=grads)
         return None, None, None, d1, d2, None, None, *_as_ours(x1, x2, low1, low2), *grads.sums
 

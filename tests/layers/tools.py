@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_reformer import ReformerConfig, ReformerForMaskedLM, ReformerModelWithLMHead
+from flash_reformer.functional import derive_seeds
 from flash_reformer.layers.call import Call
 
 BATCH, LENGTH, VOCAB = 2, 48, 29
@@ -79,7 +80,7 @@ def make_call(**changes: Any) -> Call:
         "num_hashes": 2,
         "bucket_factors": (4,),
         "rotation_seed": None,
-        "seed": torch.tensor(17),
+        "seeds_LX": derive_seeds(torch.tensor(17), 16, 2),
         "exact": False,
         "backend": "auto",
     }

@@ -108,7 +108,7 @@ def test_the_switch_reaches_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_backend_by_name_runs_or_raises() -> None:
     model = build()
-    with pytest.raises(ValueError, match="backend must be one of 'auto', 'reference', 'cpu'; got 'gpu'"):
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'reference', 'cpu', 'triton'; got 'gpu'"):
         model.set_backend("gpu")
     assert model.backend == "auto"
     model.set_backend("cpu")

@@ -127,6 +127,7 @@ class LSHSelfAttention(nn.Module):
             head_mask_H,
             **self.window,
             **dropout,
+            deterministic=call.deterministic,
             backend=call.backend,
         )
         return out_BTHD.flatten(2), (buckets_BHRT,)
@@ -164,8 +165,8 @@ class LSHSelfAttention(nn.Module):
             own_BHM1 = own_XM[:, None, :, None].expand(*positions_BHMX.shape[:3], 1)
             positions_BHMX = torch.cat([positions_BHMX, own_BHM1], dim=-1)
             visible_BHMX = torch.nn.functional.pad(visible_BHMX, (0, 1))
-            key_BHMXD, value_BHMXD = state.gather(positions_BHMX, span, step)
-            return functional.attend_to_windows(query_BMHD, key_BHMXD, value_BHMXD, visible_BHMX, head_mask_H)
+            windows = (*state.lanes(span, step), positions_BHMX, visible_BHMX)
+            return functional.attend_at(query_BMHD, *windows, head_mask_H, backend=step.call.backend)
 
         return _each_block(step.spans(self.chunk_length, hashed=True), WINDOW_BLOCK, qk_BTHD, attend).flatten(2)
 

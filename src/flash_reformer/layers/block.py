@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flash_reformer.layers.attention import ReformerAttention
 from flash_reformer.layers.call import Call
 from flash_reformer.layers.decode_step import Step
-from flash_reformer.layers.linear import Dropout, Linear
+from flash_reformer.layers.linear import Dropout, Linear, check_capture
 from flash_reformer.layers.norm import LayerNorm
 from flash_reformer.reversible import Branch, Record, Streams, plain_block, reversible_block
 
@@ -135,6 +135,7 @@ class ReformerLayer(nn.Module):
         attention, feed_forward = self.branches(streams.x1, call, head_mask_H)
         if streams.channel is not None:
             assert not with_probs, "probabilities would have to be stored"
+            check_capture(self, streams.x1.device)
             return reversible_block(attention, feed_forward, streams, lambda: list(self.parameters())), None
         after, record = plain_block(attention, feed_forward, streams)
         probs = self.attention.probs(streams.x2, call, head_mask_H, record) if with_probs else None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_reformer import functional
+from flash_reformer.seeds import draw_seed, is_capturing
 
 #: Below so many numbers a mask of our own costs more than it saves.
 _SMALL = 2**14
@@ -22,7 +23,7 @@ class Linear(nn.Linear):
 
 
 class Dropout(nn.Dropout):
-    """``nn.Dropout`` whose mask, on a CPU, is a function of one number drawn from the default generator."""
+    """``nn.Dropout`` whose mask, where there are kernels, is a function of one number from the default generator."""
 
     backend = "auto"
 
@@ -30,10 +31,28 @@ class Dropout(nn.Dropout):
         """Zero entries with probability ``p`` in training and scale up the others."""
         if not self.training or self.p == 0.0:
             return x
-        if x.device.type != "cpu" or x.numel() < _SMALL or self.inplace or not x.is_floating_point():
+        if self.inplace or not x.is_floating_point() or not self._pays(x):
             return super().forward(x)
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
-        return functional.dropout(x, self.p, seed, backend=self.backend)
+        return functional.dropout(x, self.p, draw_seed(x.device), backend=self.backend)
+
+    def _pays(self, x: Tensor) -> bool:
+        """Whether a mask of our own is faster; on a GPU it is what lets graphs be captured, so size does not count."""
+        if x.device.type == "cpu":
+            return x.numel() >= _SMALL
+        return x.device.type == "cuda" and functional.backend_for(x, self.backend) == "triton"
+
+
+def check_capture(root: nn.Module, device: torch.device) -> None:
+    """Raise ``RuntimeError`` where a graph is captured of a layer that will be run again and draws by other means."""
+    if not is_capturing(device):
+        return
+    for name, module in root.named_modules():
+        random = isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0.0
+        if random and not isinstance(module, Dropout):
+            raise RuntimeError(
+                f"a CUDA graph cannot capture the reversible training of {name} ({type(module).__name__}): the state "
+                "of its generator cannot be kept for the recomputation; set its p to 0, or use reversible=False"
+            )
 
 
 def set_backend(root: nn.Module, backend: str) -> None:

@@ -226,19 +226,17 @@ class LSHState(KeyValues):
         for row, end in zip(rows, ends, strict=True):
             self.indexed[row] = end
 
-    def gather(self, positions_BHMX: Tensor, span: Span, step: Step) -> tuple[Tensor, Tensor]:
-        """Return keys and values ``[B, H, M, X, D]`` at positions of a span's rows."""
+    def lanes(self, span: Span, step: Step) -> tuple[Tensor, Tensor]:
+        """Return the storage and, ``[B, H]``, in which of its rows the heads of a span's rows begin."""
         assert self.storage is not None
         B, H, capacity, _ = self.storage.shape
         rows = range(B) if span.rows is None else span.rows
 
         def lanes() -> Tensor:
-            starts = torch.tensor(rows, device=positions_BHMX.device).unsqueeze(-1) * H
-            return ((starts + torch.arange(H, device=positions_BHMX.device)) * capacity)[:, :, None, None]
+            starts = torch.tensor(rows, device=step.device).unsqueeze(-1) * H
+            return (starts + torch.arange(H, device=step.device)) * capacity
 
-        index = positions_BHMX + step.once(("lanes", capacity, span.rows), lanes)
-        found = self.storage.flatten(0, 2).index_select(0, index.flatten()).view(*index.shape, -1)
-        return found.chunk(2, dim=-1)  # type: ignore[return-value]
+        return self.storage, step.once(("lanes", capacity, span.rows), lanes)
 
     def seen(self, rows: tuple[int, ...] | None, upto: int) -> tuple[Tensor, Tensor]:
         """Return keys and values ``[B, H, U, D]`` of these rows' first ``upto`` positions."""

@@ -193,7 +193,7 @@ class CachedForwards:
                 num_hashes=cache.num_hashes or 0,
                 bucket_factors=(),
                 rotation_seed=self._rotation_seed(),
-                seed=cache.seed,
+                seeds_LX=self._seeds_of_layers(cache.seed),
                 exact=False,
                 backend=self._backend,
             ),

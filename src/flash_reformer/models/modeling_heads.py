@@ -123,7 +123,7 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
             if self.training:
                 self.config.problem_type = problem_type  # type: ignore[assignment]
             if problem_type == "single_label_classification":
-                total = cross_entropy_sum(logits, labels.long())
+                total = cross_entropy_sum(logits, labels.long(), backend=self.backend)
                 count: Tensor | int = (labels != IGNORE_INDEX).sum()
             else:
                 error = squared_error_sum if problem_type == "regression" else binary_cross_entropy_sum
@@ -192,7 +192,7 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
             for logits, places in ((start_logits, start_positions), (end_logits, end_positions)):
                 places = places.flatten().long()
                 inside = (places >= 0) & (places < logits.shape[1])
-                total = cross_entropy_sum(logits, torch.where(inside, places, IGNORE_INDEX))
+                total = cross_entropy_sum(logits, torch.where(inside, places, IGNORE_INDEX), backend=self.backend)
                 halves.append(mean_loss(total, inside.sum(), num_items_in_batch))
             loss = (halves[0] + halves[1]) / 2
         output = QuestionAnsweringModelOutput(

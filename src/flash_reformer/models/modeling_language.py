@@ -6,6 +6,7 @@ does not), or sums divided by ``num_items_in_batch`` where Trainer gives it for 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ from flash_reformer.models.inputs import check_tensor, check_values
 from flash_reformer.models.modeling_reformer import ReformerModel, ReformerPreTrainedModel
 from flash_reformer.models.outputs import ReformerModelWithLMHeadOutput
 
-#: Positions whose logits exist at once when ``return_logits=False`` and ``chunk_size_lm_head`` is 0.
+#: Positions whose logits exist at once when ``return_logits=False`` and ``chunk_size_lm_head`` is 0. A GPU is kept busy
+#: by more: as many as make so many logits.
 LOSS_CHUNK = 1024
+_LOGITS_ON_GPU = 2**25
 
 
 def _check_token_labels(labels: Tensor, given: Tensor, config: ReformerConfig) -> None:
@@ -133,15 +136,22 @@ class ReformerModelWithLMHead(CachedGeneration, _LanguageModel, GenerationMixin)
         loss = None
         if labels is not None:
             targets = labels[:, 1:]
+            judge = functools.partial(cross_entropy_sum, backend=self.backend)
             if logits is not None:
-                total = cross_entropy_sum(logits[:, :-1], targets)
+                total = judge(logits[:, :-1], targets)
             else:
-                chunk = self.config.chunk_size_lm_head or LOSS_CHUNK
-                total = self.lm_head.loss_sum(hidden_BTX[:, :-1], targets, cross_entropy_sum, chunk)
+                chunk = self.config.chunk_size_lm_head or _loss_chunk(hidden_BTX, self.config.vocab_size)
+                total = self.lm_head.loss_sum(hidden_BTX[:, :-1], targets, judge, chunk)
             loss = mean_loss(total, (targets != IGNORE_INDEX).sum(), num_items_in_batch)
         cache = outputs.past_buckets_states
         output = ReformerModelWithLMHeadOutput(loss, logits, cache, **extras(outputs))
         return finish(output, return_dict, self.config)
+
+
+def _loss_chunk(hidden_BTX: Tensor, vocab_size: int) -> int:
+    if hidden_BTX.device.type != "cuda":
+        return LOSS_CHUNK
+    return max(LOSS_CHUNK, _LOGITS_ON_GPU // (hidden_BTX.shape[0] * vocab_size))
 
 
 def _check_alone(*others: Any) -> None:
@@ -215,6 +225,6 @@ class ReformerForMaskedLM(_LanguageModel):
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            total = cross_entropy_sum(logits, labels)
+            total = cross_entropy_sum(logits, labels, backend=self.backend)
             loss = mean_loss(total, (labels != IGNORE_INDEX).sum(), num_items_in_batch)
         return finish(MaskedLMOutput(loss=loss, logits=logits, **extras(outputs)), return_dict, self.config)

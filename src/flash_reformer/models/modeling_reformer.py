@@ -76,19 +76,28 @@ class ReformerPreTrainedModel(ResizablePositions, PreTrainedModel):
         """Which implementation of hashing, sorting and attention the model uses; see :meth:`set_backend`."""
         return cast(ReformerModel, self.base_model)._backend
 
-    def set_backend(self, backend: str) -> None:
+    def set_backend(self, backend: str, *, deterministic: bool = True) -> None:
         """Choose the implementation of hashing, sorting and attention.
 
         Args:
             backend: ``"auto"``, the fastest that can run; ``"reference"``, the plain PyTorch definitions;
-                ``"cpu"``, the kernels for a CPU, where a forward on another device raises ``ValueError``. With
+                ``"cpu"``, the kernels for a CPU, and ``"triton"``, those for a GPU, where a forward on another
+                device, or on a dtype that they do not take, raises ``ValueError``. With
                 ``"reference"`` linear layers are exactly ``nn.Linear``, which ``torch.ao.quantization`` asks for, and
                 second derivatives exist (with ``reversible=False``).
 
+            deterministic: whether equal calls must give equal gradients to the bit. If not, the kernels for a GPU add
+                the gradients of several hash rounds in any order, which is all that this changes.
+
         Raises:
-            ValueError: for any other name.
+            ValueError: for any other name, and for ``"triton"`` where it is not installed or the heads are too large.
+            TypeError: if ``deterministic`` is not a bool.
         """
-        cast(ReformerModel, self.base_model)._backend = functional.check_backend(backend)
+        if not isinstance(deterministic, bool):
+            raise TypeError(f"deterministic must be True or False; got {deterministic!r}")
+        model = cast(ReformerModel, self.base_model)
+        model._backend = functional.check_backend(backend, self.config.attention_head_size)
+        model._deterministic = deterministic
         linear.set_backend(self, backend)
 
     def share_trained_buckets(self) -> None:
@@ -116,6 +125,7 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
         check_consistency(config)
         super().__init__(config)
         self._backend = "auto"
+        self._deterministic = True
         self.embeddings = ReformerEmbeddings(config)
         self.encoder = ReformerEncoder(config, [ReformerLayer(config, i) for i in range(config.num_hidden_layers)])
         self.post_init()
@@ -149,15 +159,20 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
     def _draw_seed(self) -> Tensor | None:
         """Draw the root of this forward's private randomness, or nothing where no layer will ask for any.
 
-        This is the only draw on the default generator besides the dropouts of training. It is a CPU draw, whatever
-        the model's device, so no device is waited for.
+        This is the only draw on the default generator besides the dropouts of training. A model on a GPU draws there
+        and leaves the seed there: nobody waits, and a captured graph draws a new one in every replay.
         """
         needs_rotations = "lsh" in self.config.attn_layers and self.config.hash_seed is None
         # Not ``self.training``: a single layer may train in a model that does not.
         needs_dropout = any(module.training for module in self.modules())
         if not (needs_dropout or needs_rotations):
             return None
-        return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+        device = self.embeddings.word_embeddings.weight.device
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device if device.type == "cuda" else "cpu")
+
+    def _seeds_of_layers(self, seed: Tensor | None) -> Tensor | None:
+        """Return the seeds of every layer's rotations and attention dropout, ``[layers, 2]``."""
+        return None if seed is None else functional.derive_seeds(seed, self.config.num_hidden_layers, 2)
 
     def _exact_below(self, num_hashes: int | None) -> int:
         """Return up to which length all layers attend exactly, where the word embeddings are."""
@@ -210,9 +225,10 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
             num_hashes=num_hashes,
             bucket_factors=self._bucket_factors(length) if factors is None else factors,
             rotation_seed=self._rotation_seed(),
-            seed=seed,
+            seeds_LX=self._seeds_of_layers(seed),
             exact=exact_below >= T,
             backend=self._backend,
+            deterministic=self._deterministic,
             fill=fill,
         )
         head_masks = [None] * config.num_hidden_layers if head_masks is None else head_masks

@@ -168,13 +168,15 @@ def lsh_attention(
     allow_duplicate_attention: bool = True,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attend within sorted chunks and merge the rounds; return output ``[B, T, H, D]`` and lse ``[B, H, R, T]``.
 
     ``qk`` holds the raw shared projections, ``sorted_positions`` a permutation of the positions per round (T a
     multiple of ``chunk_length``), ``mask`` is True at real tokens. ``buckets`` are read only where
     ``attend_across_buckets`` is off. By default the softmax counts a key once per appearance; without
-    ``allow_duplicate_attention`` it is exactly the softmax over the union of a query's windows.
+    ``allow_duplicate_attention`` it is exactly the softmax over the union of a query's windows. Not ``deterministic``
+    permits gradients that depend on the order in which a device happens to add them; nothing here makes use of it.
     """
     probs_BHNCW, lse_BHNC = lsh_probs(
         qk_BTHD,

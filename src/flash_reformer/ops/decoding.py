@@ -282,6 +282,25 @@ def attend_to_windows(
     return _scale_heads(out_BHMD, head_mask_H).transpose(1, 2)
 
 
+def attend_at(
+    query_BMHD: Tensor,
+    keys_values_YHUX: Tensor,
+    lanes_BH: Tensor,
+    positions_BHMX: Tensor,
+    visible_BHMX: Tensor,
+    head_mask_H: Tensor | None = None,
+) -> Tensor:
+    """Gather keys and values from storage and do what :func:`attend_to_windows` does with them.
+
+    Storage holds keys and values side by side, ``[Y, H, U, 2D]``; ``lanes`` say at which of its ``Y*H*U`` rows a head
+    of a row of the batch begins, and positions count from there.
+    """
+    index_BHMX = positions_BHMX + lanes_BH[:, :, None, None]
+    found = keys_values_YHUX.flatten(0, 2).index_select(0, index_BHMX.flatten()).view(*index_BHMX.shape, -1)
+    key_BHMXD, value_BHMXD = found.chunk(2, dim=-1)
+    return attend_to_windows(query_BMHD, key_BHMXD, value_BHMXD, visible_BHMX, head_mask_H)
+
+
 def _scale_heads(out_BHMD: Tensor, head_mask_H: Tensor | None) -> Tensor:
     return out_BHMD if head_mask_H is None else out_BHMD * head_mask_H.to(out_BHMD.dtype).view(-1, 1, 1)
 

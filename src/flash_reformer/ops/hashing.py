@@ -5,6 +5,7 @@ Letters: B batch, T positions, H heads, D head size, R rounds, M = sum(bucket fa
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -27,12 +28,21 @@ def automatic_num_buckets(length: int, chunk_length: int, max_position_embedding
     return [2 ** (power // 2), 2 ** (power - power // 2)]
 
 
+def _draw(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator(device=device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+
+#: What was drawn on devices. While a graph is captured no generator may be used, and by then a fixed seed has been.
+_drawn_before = functools.lru_cache(maxsize=64)(_draw)
+
+
 @torch.library.custom_op("flash_reformer::draw_rotations", mutates_args=())
 def _draw_rotations(seed: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator(device=device)
     # Seeds live on the CPU: reading one waits for no device.
-    generator.manual_seed(int(seed))
-    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+    if device.type == "cpu":
+        return _draw(int(seed), tuple(shape), dtype, device)
+    return _drawn_before(int(seed), tuple(shape), dtype, device).clone()
 
 
 @_draw_rotations.register_fake

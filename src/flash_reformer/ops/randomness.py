@@ -6,6 +6,9 @@ Letters: X any shape, W columns.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,6 +50,30 @@ def derive_seed(seed: Tensor, *path: int) -> Tensor:
     for step in path:
         seed = mix(seed, step)
     return _shift_right(seed, 1)
+
+
+def derive_seeds(seed: Tensor, num_layers: int, num_branches: int) -> Tensor:
+    """Return ``derive_seed(seed, layer, branch)`` for all of them, ``[layers, branches]``, where the seed is.
+
+    >>> derive_seeds(torch.tensor(1), 3, 2)[2, 1] == derive_seed(torch.tensor(1), 2, 1)
+    tensor(True)
+    """
+    layers_L1 = torch.arange(num_layers, device=seed.device).unsqueeze(-1)
+    return _shift_right(mix(mix(seed, layers_L1), torch.arange(num_branches, device=seed.device)), 1)
+
+
+def normal(seed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return numbers from N(0, 1) as a function of the seed, on its device, by arithmetic alone (Box and Muller, 1958).
+
+    Each 64-bit word makes two numbers out of its halves: a radius and an angle.
+    """
+    count = math.prod(shape)
+    words = mix(seed, torch.arange((count + 1) // 2, device=seed.device))
+    first, second = (half.to(torch.float32) for half in (_shift_right(words, 40), words & (2**24 - 1)))
+    radius = torch.sqrt(-2.0 * torch.log((first + 0.5) * 2**-24))
+    angle = second * (2 * math.pi * 2**-24)
+    both = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
+    return both.flatten()[:count].view(*shape).to(dtype)
 
 
 def keep_mask(seed: Tensor, rows_X: Tensor, width: int, p: float) -> Tensor:

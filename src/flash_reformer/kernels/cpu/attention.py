@@ -170,6 +170,7 @@ def lsh_attention(
     allow_duplicate_attention: bool = True,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attend within sorted chunks and merge the rounds; see the definition in ``ops``. The lse has no gradient."""
     assert qk_BTHD.shape[1] <= MOST_POSITIONS, "marks of positions would not be exact"

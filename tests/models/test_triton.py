@@ -1,0 +1,317 @@
+"""Whole models on the kernels for a GPU, in triton's interpreter: values, gradients, decoding, and what waits."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+from flash_reformer import ReformerConfig, ReformerForMaskedLM, ReformerModelWithLMHead, functional, seeds
+from flash_reformer.layers import linear
+from flash_reformer.ops import randomness
+from tests.kernels.triton.spying import entered
+
+FIELDS: dict[str, Any] = {
+    "attn_layers": ["local", "lsh"],
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "attention_head_size": 16,
+    "feed_forward_size": 48,
+    "local_attn_chunk_length": 16,
+    "lsh_attn_chunk_length": 16,
+    "num_hashes": 2,
+    "num_buckets": 4,
+    "axial_pos_shape": (8, 8),
+    "axial_pos_embds_dim": (16, 16),
+    "max_position_embeddings": 64,
+    "vocab_size": 30,
+    "is_decoder": True,
+}
+
+
+Step = tuple[Tensor, dict[str, Tensor]]
+
+
+def build(**changes: Any) -> ReformerModelWithLMHead:
+    torch.manual_seed(3)
+    return ReformerModelWithLMHead(ReformerConfig(**{**FIELDS, **changes})).train()
+
+
+def ids_of(length: int, batch: int = 2) -> Tensor:
+    return torch.randint(30, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def step(model: nn.Module, ids: Tensor, **inputs: Any) -> Step:
+    model.zero_grad()
+    torch.manual_seed(7)
+    loss = model(ids, labels=ids, **inputs).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(ours: Step, theirs: Step, bound: float) -> None:
+    assert abs(ours[0] - theirs[0]) <= bound * abs(theirs[0])
+    assert ours[1].keys() == theirs[1].keys()
+    for name, grad in theirs[1].items():
+        assert (ours[1][name] - grad).norm() <= bound * grad.norm(), name
+
+
+KERNELS = {
+    "_hash_kernel",
+    "attend_kernel",
+    "merge_kernel",
+    "delta_kernel",
+    "attend_backward_kernel",
+    "_dropout_kernel",
+    "_loss_kernel",
+    "_loss_backward_kernel",
+}
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("reversible", [True, False])
+def test_training_is_the_reference(reversible: bool) -> None:
+    """With every dropout on, a padded batch, and the loss in chunks: each of the kernels takes part."""
+    model = build(reversible=reversible, hidden_dropout_prob=0.1, lsh_attention_probs_dropout_prob=0.1)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, :9] = 0
+    inputs = {"attention_mask": mask, "return_logits": False}
+    model.set_backend("reference")
+    with mock.patch.object(linear, "_SMALL", 0):
+        expected = step(model, ids_of(40), **inputs)
+        model.set_backend("triton")
+        with entered() as names:
+            actual = step(model, ids_of(40), **inputs)
+        assert set(names) >= KERNELS
+        assert_close(actual, expected, 2e-5)
+        assert_close(step(model, ids_of(40), **inputs), actual, 0.0)
+        model.set_backend("triton", deterministic=False)
+        assert_close(step(model, ids_of(40), **inputs), expected, 2e-5)
+
+
+def test_every_option_of_the_configuration() -> None:
+    options = {"lsh_attend_across_buckets": False, "lsh_allow_duplicate_attention": False, "wrap_around": False}
+    model = build(**options, num_hashes=1, hidden_dropout_prob=0.0)
+    results = {}
+    for backend in ("reference", "triton"):
+        model.set_backend(backend)
+        results[backend] = step(model, ids_of(40, 1))
+    assert_close(results["triton"], results["reference"], 2e-5)
+
+
+def test_masked_language_model() -> None:
+    torch.manual_seed(3)
+    model = ReformerForMaskedLM(ReformerConfig(**{**FIELDS, "is_decoder": False, "num_hashes": 1})).train()
+    results = {}
+    for backend in ("reference", "triton"):
+        model.set_backend(backend)
+        results[backend] = step(model, ids_of(32, 1))
+    assert_close(results["triton"], results["reference"], 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_and_half_precision_models(dtype: torch.dtype) -> None:
+    model = build(hidden_dropout_prob=0.0, num_hashes=1)
+    ids = ids_of(32, 1)
+    exact = step(model, ids)
+    model.set_backend("triton")
+    with torch.autocast("cpu", dtype=dtype):
+        torch.manual_seed(7)
+        loss = model(ids, labels=ids).loss
+    model.zero_grad()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert torch.isfinite(parameter.grad).all(), name
+    assert abs(loss - exact[0]) < 0.02 * exact[0]
+    half = build(hidden_dropout_prob=0.0, num_hashes=1).to(dtype)
+    half.set_backend("triton")
+    loss = half(ids, labels=ids).loss
+    loss.backward()
+    assert abs(loss.detach() - exact[0]) < 0.05 * exact[0]
+
+
+@pytest.mark.floor
+def test_decoding() -> None:
+    model = build().eval()
+    ids = ids_of(24)
+    written = {}
+    for backend in ("reference", "triton"):
+        model.set_backend(backend)
+        torch.manual_seed(5)
+        with entered() as names:
+            written[backend] = model.generate(ids, max_new_tokens=6, do_sample=False)
+        assert ("_attend_at_kernel" in names) is (backend == "triton")
+    assert torch.equal(written["triton"], written["reference"])
+
+
+def test_a_compiled_evaluation_is_one_graph() -> None:
+    model = build(num_hashes=1).eval()
+    model.set_backend("triton")
+    ids = ids_of(32, 1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.manual_seed(5)
+        expected = model(ids, use_cache=False).logits
+        torch.manual_seed(5)
+        actual = compiled(ids).logits
+    torch.testing.assert_close(actual, expected)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_what_the_kernels_do_not_take_is_refused_by_name() -> None:
+    large = build(attention_head_size=160)
+    with pytest.raises(ValueError, match="backend='triton' takes head sizes up to 128; got 160"):
+        large.set_backend("triton")
+    assert large.backend == "auto"
+    with pytest.raises(TypeError, match="deterministic must be True or False; got 'no'"):
+        large.set_backend("auto", deterministic="no")  # type: ignore[arg-type]
+    model = build().double()
+    model.set_backend("triton")
+    with pytest.raises(ValueError, match="takes tensors of dtype float32, bfloat16, float16; got float64 on cpu"):
+        model(ids_of(32))
+    x = torch.zeros(1, 32, 1, 200)
+    order = torch.arange(32).view(1, 1, 1, 32)
+    with pytest.raises(ValueError, match="head sizes up to 128; got 200"):
+        functional.lsh_attention(x, x, order, chunk_length=16, backend="triton")
+    with pytest.raises(ValueError, match="sorts int16 and int32 on a GPU; got int64"):
+        functional.sort_positions(order, backend="triton")
+
+
+def test_without_triton_or_a_device_that_it_runs_on() -> None:
+    model = build()
+    with mock.patch.object(functional, "_triton", return_value="missing"):
+        with pytest.raises(ValueError, match=r"is not installed: pip install 'flash-reformer\[triton\]'"):
+            model.set_backend("triton")
+        with pytest.warns(UserWarning, match="attention on the GPU runs plain PyTorch"):
+            assert functional._unsuited_device(torch.device("cuda"))
+    model.set_backend("triton")
+    with (
+        mock.patch.object(functional, "_triton", return_value="compiled"),
+        pytest.raises(ValueError, match="here kernels are compiled and the tensor is on cpu"),
+    ):
+        model(ids_of(32))
+    with (
+        mock.patch.object(functional, "_triton", return_value="compiled"),
+        mock.patch.object(functional, "_capability", return_value=(7, 5)),
+    ):
+        reason = functional._unsuited_device(torch.device("cuda"))
+        assert reason is not None
+        assert "compute capability 8.0 or newer; cuda has 7.5" in reason
+
+
+# --- nobody waits -----------------------------------------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations whose result the host must have, or whose shape depends on values."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.NAMES:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_training_step_waits_for_nothing() -> None:
+    """The values of inputs are looked at on CPUs only; all the rest of a step is what runs on a GPU, too."""
+    model = build(hidden_dropout_prob=0.1)
+    model.set_backend("triton")
+    ids = ids_of(40)
+    embeds = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(1))
+    with Waits() as waits:
+        hidden = model.reformer(inputs_embeds=embeds).last_hidden_state
+        total = model.lm_head.loss_sum(hidden[:, :-1], ids[:, 1:], functional.cross_entropy_sum, 16)
+        total.backward()
+    assert waits.counts == {}
+    with Waits() as waits:
+        ids[0, 0].item()
+    assert waits.counts == {"_local_scalar_dense": 1}, "the count counts"
+
+
+def test_seeds_on_a_device_stay_there() -> None:
+    """Meta tensors have no values: whoever read one, or made a generator of it, would fail."""
+    seed = torch.zeros((), dtype=torch.int64, device="meta")
+    table = functional.derive_seeds(seed, 3, 2)
+    assert table.shape == (3, 2)
+    rotations = functional.draw_rotations(table[1, 0], 2, 16, 3, (4, 6), torch.bfloat16, seed.device)
+    assert rotations.shape == (2, 16, 3, 5)
+    assert rotations.dtype == torch.bfloat16
+    assert rotations.device == seed.device
+
+
+def test_rotations_by_arithmetic_are_normal_and_belong_to_their_seed() -> None:
+    drawn = randomness.normal(torch.tensor(5), (64, 16, 4, 65), torch.float32)
+    assert torch.equal(drawn, randomness.normal(torch.tensor(5), (64, 16, 4, 65), torch.float32))
+    other = randomness.normal(torch.tensor(6), (64, 16, 4, 65), torch.float32)
+    flat, count = drawn.flatten().double(), drawn.numel()
+    assert abs(flat.mean()) < 4 / count**0.5
+    assert abs(flat.var() - 1) < 6 / count**0.5
+    assert abs((flat**4).mean() - 3) < 0.1
+    assert 4 < flat.abs().max() < 7
+    for lag in (1, 2, 65):
+        assert abs((flat[lag:] * flat[:-lag]).mean()) < 4 / count**0.5
+    assert abs((flat * other.flatten()).mean()) < 4 / count**0.5
+    assert randomness.normal(torch.tensor(5), (3,), torch.float32).equal(drawn.flatten()[:3])
+
+
+# --- captured graphs --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a graph were being captured: states of generators may be neither read nor set."""
+    for module in (seeds, linear):
+        monkeypatch.setattr(module, "is_capturing", lambda device: True)
+    monkeypatch.setattr("flash_reformer.reversible.is_capturing", lambda device: True)
+
+
+def test_a_captured_step_replays_its_dropouts(capturing: None) -> None:
+    """The forward's seeds are kept and given to the recomputation, where no state of a generator is set back."""
+    model = build(hidden_dropout_prob=0.2, num_hashes=1, chunk_size_feed_forward=8)
+    model.set_backend("triton")
+    with (
+        mock.patch.object(linear, "_SMALL", 0),
+        mock.patch("flash_reformer.reversible._Surroundings._set_rng", return_value=None),
+    ):
+        actual = step(model, ids_of(32, 1))
+    plain = build(hidden_dropout_prob=0.2, num_hashes=1, chunk_size_feed_forward=8, reversible=False)
+    plain.set_backend("triton")
+    with mock.patch.object(linear, "_SMALL", 0):
+        expected = step(plain, ids_of(32, 1))
+    assert_close(actual, expected, 1e-5)
+
+
+def test_a_captured_step_refuses_random_modules_of_others(capturing: None) -> None:
+    model = build()
+    model.reformer.encoder.layers[0].attention.output.dropout = nn.Dropout(0.1)
+    with pytest.raises(RuntimeError, match=r"cannot capture the reversible training of .*dropout \(Dropout\)"):
+        model(ids_of(32, 1))
+    model.eval()
+    model(ids_of(32, 1))
+
+
+def test_fixed_rotations_are_drawn_once_per_device() -> None:
+    """While a graph is captured no generator may be used: what was drawn in the warm-up is taken."""
+    from flash_reformer.ops import hashing
+
+    shape, device = (2, 16, 1, 4), torch.device("cpu")
+    first = hashing._drawn_before(11, shape, torch.float32, device)
+    with mock.patch.object(torch, "Generator", side_effect=AssertionError):
+        assert hashing._drawn_before(11, shape, torch.float32, device) is first
+    assert torch.equal(first, functional.draw_rotations(torch.tensor(11), 2, 16, 1, [8], torch.float32, device))
