@@ -9,6 +9,7 @@ FLOOR  := .venv-floor
 DEMO_FLAGS  ?= --preset demo --output runs/demo --overwrite
 PYTEST_ARGS ?=
 BENCH_FLAGS ?= --quick speed
+BENCH_GPU_FLAGS ?=
 
 # A waiting thread soon gives up its core. By default GNU's OpenMP spins for long, and beside another busy process that
 # made training steps up to fifteen times slower here; on a quiet machine it gains nothing.
@@ -18,7 +19,7 @@ SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo check test test-full test-floor bench clean
+.PHONY: help setup demo check test test-full test-floor bench bench-gpu clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +46,9 @@ test-floor: $(FLOOR)/.stamp  ## the reduced suite on the oldest supported transf
 
 bench: setup $(VENV)/.stamp-bench  ## speed and memory in about 10 minutes; BENCH_FLAGS=speed takes 25, BENCH_FLAGS= runs all
 	$(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
+
+bench-gpu: setup  ## kernels on a GPU: parity, then speed, in under 10 minutes; BENCH_GPU_FLAGS=--rehearse needs no GPU
+	$(BIN)/python -m benchmarks.gpu $(BENCH_GPU_FLAGS)
 
 clean:  ## remove environments, caches and build products; runs/ stays
 	rm -rf $(VENV) $(FLOOR) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

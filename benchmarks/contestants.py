@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from transformers.models.reformer import ReformerConfig as TheirConfig
 from transformers.models.reformer import modeling_reformer as theirs
 
-from flash_reformer import ReformerConfig, ReformerModelWithLMHead
+from flash_reformer import ReformerConfig, ReformerModelWithLMHead, functional
 from flash_reformer.layers.attention import LocalSelfAttention, LSHSelfAttention
 from flash_reformer.layers.call import Call
 from flash_reformer.ops.hashing import automatic_num_buckets
@@ -118,7 +118,7 @@ def make_call(entry: Entry, *, backend: str = "auto", exact: bool = False, seed:
         num_hashes=max(entry.rounds, 1),
         bucket_factors=entry.factors,
         rotation_seed=fixed,
-        seed=torch.randint(2**63 - 1, ()) if fixed is None else fixed,
+        seeds_LX=functional.derive_seeds(torch.randint(2**63 - 1, ()) if fixed is None else fixed, 1, 2),
         exact=exact,
         backend=backend,
     )
