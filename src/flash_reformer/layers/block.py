@@ -71,8 +71,8 @@ class ReformerFeedForward(nn.Module):
         return self.output.dense(widened)
 
 
-#: Numbers of one piece's wide activations.
-_WIDE_ENOUGH = 2**21
+#: Numbers of one piece's wide activations, on a CPU and elsewhere.
+_WIDE_ENOUGH, _WIDE_ON_DEVICE = 2**21, 2**26
 
 
 @contextlib.contextmanager
@@ -116,13 +116,14 @@ class ReformerLayer(nn.Module):
     def _chunk_size(self, x_BTE: Tensor) -> int:
         """Return how many positions go through the feed-forward branch at once; 0 for all.
 
-        Where the configuration leaves it open, many positions on a CPU go in pieces: fresh memory for their wide
-        activations costs more than the products that fill it.
+        Where the configuration leaves it open, many positions go in pieces. On a CPU, fresh memory for their wide
+        activations costs more than the products that fill it; elsewhere they would take most of a step's memory.
         """
-        if self.chunk_size_feed_forward or x_BTE.device.type != "cpu" or torch.compiler.is_compiling():
+        if self.chunk_size_feed_forward or torch.compiler.is_compiling():
             return self.chunk_size_feed_forward
         B, T, _ = x_BTE.shape
-        pieces = B * T * self.feed_forward_size // _WIDE_ENOUGH
+        wide = _WIDE_ENOUGH if x_BTE.device.type == "cpu" else _WIDE_ON_DEVICE
+        pieces = B * T * self.feed_forward_size // wide
         return -(-T // pieces) if pieces > 1 else 0
 
     def forward(

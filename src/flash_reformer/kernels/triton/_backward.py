@@ -32,7 +32,7 @@ from flash_reformer.kernels.triton._tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "blocks"])
 def delta_kernel(
     D_OUT, OUT, DELTA, length, num_heads, blocks, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -188,7 +188,7 @@ def gradients_as_keys(
     return d_k, d_v
 
 
-@triton.jit(do_not_specialize=["first_tile"])
+@triton.jit(do_not_specialize=["length", "num_chunks", "chunks_per_round", "tiles_here", "first_tile", "turns"])
 def attend_backward_kernel(
     Q, K, V, POSITIONS, BUCKETS, CHUNK_OF, MASK, SEED, D_OUT, TOP, TOTAL, DELTA, SUM_Q, SUM_V, D_Q, D_K, D_V, length,
     num_heads, num_chunks, chunks_per_round, chunk_length, tiles_per_chunk: tl.constexpr, tiles_here, first_tile,

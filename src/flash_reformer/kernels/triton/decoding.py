@@ -20,7 +20,7 @@ _SELF = tl.constexpr(-1e5)
 _KEYS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _attend_at_kernel(
     QUERY,
     STORAGE,

@@ -26,7 +26,7 @@ def _labels(LABELS, row, N, ignore_index):
     return label, (row < N) & (label != ignore_index)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ignore_index"])
 def _loss_kernel(
     LOGITS,
     LABELS,
@@ -63,7 +63,7 @@ def _loss_kernel(
     tl.store(LOG_SUMS + row, log_sum, mask=row < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ignore_index"])
 def _loss_backward_kernel(
     D_LOSSES,
     LOGITS,

@@ -19,7 +19,7 @@ _STEPS = 2**16
 _TILE, _MOST_COLUMNS = 4096, 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "column_tiles"])
 def _dropout_kernel(
     X,
     OUT,
