@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flash_reformer.kernels.triton._launch import UNSPECIALIZED
 from flash_reformer.kernels.triton._rounding import rounded
 from flash_reformer.kernels.triton._tiles import (
     chunk_at,
@@ -32,7 +33,7 @@ from flash_reformer.kernels.triton._tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["length", "blocks"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def delta_kernel(
     D_OUT, OUT, DELTA, length, num_heads, blocks, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -188,7 +189,7 @@ def gradients_as_keys(
     return d_k, d_v
 
 
-@triton.jit(do_not_specialize=["length", "num_chunks", "chunks_per_round", "tiles_here", "first_tile", "turns"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def attend_backward_kernel(
     Q, K, V, POSITIONS, BUCKETS, CHUNK_OF, MASK, SEED, D_OUT, TOP, TOTAL, DELTA, SUM_Q, SUM_V, D_Q, D_K, D_V, length,
     num_heads, num_chunks, chunks_per_round, chunk_length, tiles_per_chunk: tl.constexpr, tiles_here, first_tile,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flash_reformer.kernels.triton._launch import UNSPECIALIZED
 from flash_reformer.kernels.triton._tiles import (
     _ALONE,
     chunk_at,
@@ -24,7 +25,7 @@ from flash_reformer.kernels.triton._tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["plane", "length", "num_chunks", "chunks_per_round", "tiles_here", "first_tile", "turns"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def attend_kernel(
     Q, K, V, POSITIONS, BUCKETS, CHUNK_OF, MASK, SEED, OUT, LSE, TOP, TOTAL, plane, length, num_heads, num_chunks,
     chunks_per_round, chunk_length, tiles_per_chunk: tl.constexpr, tiles_here, first_tile, turns, scale, keep_scale,
@@ -106,7 +107,7 @@ def attend_kernel(
     tl.store(TOTAL + at, total, mask=q_exist)
 
 
-@triton.jit(do_not_specialize=["plane", "length", "blocks"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge_kernel(
     ROUND_OUT, ROUND_TOP, ROUND_TOTAL, OUT, TOP, TOTAL, plane, length, num_heads, blocks, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,

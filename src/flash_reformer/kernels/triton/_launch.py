@@ -20,6 +20,13 @@ def _probe_kernel():  # type: ignore[no-untyped-def]
 #: Whether kernels run in triton's interpreter, on CPU tensors. A choice of triton's, made when it is imported.
 INTERPRETED = not isinstance(_probe_kernel, triton.JITFunction)
 
+#: Arguments that follow the lengths of sequences. Kernels are not compiled anew where one of them is 1, or a multiple
+#: of 16, as triton would otherwise do.
+UNSPECIALIZED = (
+    "plane length num_chunks chunks_per_round tiles_here first_tile turns blocks N num_tokens column_tiles T tiles "
+    "ignore_index"
+).split()
+
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 #: What the kernels take; they accumulate in fp32.
 DTYPES = tuple(_DTYPES)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_reformer.kernels.triton._launch import block_of, launch
+from flash_reformer.kernels.triton._launch import UNSPECIALIZED, block_of, launch
 from flash_reformer.kernels.triton._rounding import rounded
 
 _SELF = tl.constexpr(-1e5)
@@ -20,7 +20,7 @@ _SELF = tl.constexpr(-1e5)
 _KEYS = 64
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attend_at_kernel(
     QUERY,
     STORAGE,

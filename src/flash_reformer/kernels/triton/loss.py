@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_reformer.kernels.triton._launch import dtype_of, launch
+from flash_reformer.kernels.triton._launch import UNSPECIALIZED, dtype_of, launch
 from flash_reformer.kernels.triton._rounding import rounded
 
 #: The label that takes no part in a loss.
@@ -26,7 +26,7 @@ def _labels(LABELS, row, N, ignore_index):
     return label, (row < N) & (label != ignore_index)
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _loss_kernel(
     LOGITS,
     LABELS,
@@ -63,7 +63,7 @@ def _loss_kernel(
     tl.store(LOG_SUMS + row, log_sum, mask=row < N)
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _loss_backward_kernel(
     D_LOSSES,
     LOGITS,

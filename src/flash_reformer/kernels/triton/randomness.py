@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_reformer.kernels.triton._launch import dtype_of, launch, seed_on
+from flash_reformer.kernels.triton._launch import UNSPECIALIZED, dtype_of, launch, seed_on
 from flash_reformer.kernels.triton._random import column_words, keep, row_words
 from flash_reformer.kernels.triton._rounding import rounded
 
@@ -19,7 +19,7 @@ _STEPS = 2**16
 _TILE, _MOST_COLUMNS = 4096, 512
 
 
-@triton.jit(do_not_specialize=["N", "column_tiles"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _dropout_kernel(
     X,
     OUT,

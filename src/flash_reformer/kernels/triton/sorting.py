@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_reformer.kernels.triton._launch import launch
+from flash_reformer.kernels.triton._launch import UNSPECIALIZED, launch
 
 _DIGITS = tl.constexpr(256)
 #: Keys of a tile; keys whose ranks are found at once, by comparing each with each.
@@ -31,7 +31,7 @@ def _digits(KEYS, ORDER, segment, place, T, SHIFT: tl.constexpr, FIRST: tl.const
     return position, (key >> SHIFT) & 255
 
 
-@triton.jit(do_not_specialize=["T", "tiles"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _count_kernel(KEYS, ORDER, COUNTS, T, tiles, SHIFT: tl.constexpr, FIRST: tl.constexpr, TILE: tl.constexpr):
     segment, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     place = tile * TILE + tl.arange(0, TILE)
@@ -40,7 +40,7 @@ def _count_kernel(KEYS, ORDER, COUNTS, T, tiles, SHIFT: tl.constexpr, FIRST: tl.
     tl.store(COUNTS + (segment.to(tl.int64) * _DIGITS + tl.arange(0, _DIGITS)) * tiles + tile, counts)
 
 
-@triton.jit(do_not_specialize=["T", "tiles"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _move_kernel(
     KEYS,
     ORDER,
