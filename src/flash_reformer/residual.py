@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,17 @@ def add(x: Tensor, low: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor | 
     return result, lost
 
 
+def _fused(x: Tensor) -> Callable[..., None] | None:
+    """Return a kernel that adds in one pass, to the same bit, where there is one."""
+    if x.device.type != "cuda" or x.dtype != torch.float32:
+        return None
+    try:
+        from flash_reformer.kernels.triton._residual import add_streams
+    except ImportError:
+        return None
+    return add_streams
+
+
 def add_in_pieces(
     x: Tensor, low: Tensor, value: Tensor, *, negated: bool = False, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -38,6 +51,10 @@ def add_in_pieces(
     ``negated`` adds ``-value``. ``out`` are tensors to write to.
     """
     result, lost = (lasting_like(x), lasting_like(x)) if out is None else out
+    fused = _fused(x)
+    if fused is not None and result.is_contiguous() and lost.is_contiguous():
+        fused(x, low, value, negated, result, lost)
+        return result, lost
     piece = _PIECE if x.device.type == "cpu" else _PIECE_ON_DEVICE
     positions = max(1, piece * x.shape[1] // max(1, x.numel()))
     pieces = (tensor.split(positions, dim=1) for tensor in (x, low, value, result, lost))
