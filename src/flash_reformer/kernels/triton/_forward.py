@@ -8,7 +8,7 @@ import triton.language as tl
 
 from flash_reformer.kernels.triton._launch import UNSPECIALIZED
 from flash_reformer.kernels.triton._tiles import (
-    _ALONE,
+    _SELF,
     chunk_at,
     kept,
     labels_of,
@@ -98,7 +98,7 @@ def attend_kernel(
     if EXACT_ALONE and not DROPOUT:
         # Three rounded thirds of a value are not the value, nor are the parts of which fp32 products are made.
         own = load_rows(V + base, q_offsets, q_exist, D, BLOCK_D, FULL).to(tl.float32)
-        out = tl.where((top < _ALONE)[:, None], own, out)
+        out = tl.where((top <= _SELF)[:, None], own, out)
     at_round = chunk // chunks_per_round
     store_rows(OUT + at_round.to(tl.int64) * plane + base, q_offsets, out, q_exist, D, BLOCK_D, FULL)
     at = (ring.to(tl.int64) * ROUNDS + at_round) * length + q_positions

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+#: Dropout probabilities are rounded to multiples of one in so many: a decision takes 16 of a hash's 32 bits.
+DROPOUT_STEPS = 2**16
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9 - 2**64)
 _MIX_2 = tl.constexpr(0x94D049BB133111EB - 2**64)
@@ -21,6 +23,11 @@ _LOW_34 = tl.constexpr(2**34 - 1)
 _LOW_37 = tl.constexpr(2**37 - 1)
 _LOW_17 = tl.constexpr(2**17 - 1)
 _LOW_16 = tl.constexpr(2**16 - 1)
+
+
+def threshold_of(p: float) -> int:
+    """Return the first of the numbers from 0 to 65,535 that is kept: on the host, the THRESHOLD of :func:`keep`."""
+    return round(p * DROPOUT_STEPS)
 
 
 @triton.jit

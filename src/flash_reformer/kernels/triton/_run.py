@@ -15,10 +15,9 @@ from torch import Tensor
 from flash_reformer.kernels.triton._backward import attend_backward_kernel, delta_kernel
 from flash_reformer.kernels.triton._forward import attend_kernel, merge_kernel
 from flash_reformer.kernels.triton._launch import block_of, dot_dtype, is_hopper, launch, seed_on
+from flash_reformer.kernels.triton._random import threshold_of
 from flash_reformer.kernels.triton.randomness import kept_scale
 
-#: Dropout probabilities are multiples of one in so many.
-DROPOUT_STEPS = 2**16
 #: Positions that one program merges, or takes delta of.
 _ROWS = 64
 
@@ -146,7 +145,7 @@ class Launches:
             "ACROSS": rules.attend_across_buckets,
             "DUPLICATES": rules.allow_duplicate_attention,
             "DROPOUT": rules.dropout_p > 0.0,
-            "THRESHOLD": round(rules.dropout_p * DROPOUT_STEPS),
+            "THRESHOLD": threshold_of(rules.dropout_p),
             "FULL": C % block == 0,
             "WIDE": T * H * D >= 2**31,
             "DOT": dot_dtype(query),

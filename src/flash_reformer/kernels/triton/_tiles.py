@@ -16,8 +16,6 @@ from flash_reformer.kernels.triton._rounding import rounded
 
 _FORBIDDEN = tl.constexpr(-1e9)
 _SELF = tl.constexpr(-1e5)
-#: Rows whose best score is below this see nothing but themselves.
-_ALONE = tl.constexpr(-0.999e5)
 _KEY_NORM_EPS = tl.constexpr(1e-6)
 
 

@@ -11,10 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_reformer.kernels.triton._launch import UNSPECIALIZED, dtype_of, launch, seed_on
-from flash_reformer.kernels.triton._random import column_words, keep, row_words
+from flash_reformer.kernels.triton._random import DROPOUT_STEPS, column_words, keep, row_words, threshold_of
 from flash_reformer.kernels.triton._rounding import rounded
 
-_STEPS = 2**16
 #: Entries of a tile, and the most columns that it has.
 _TILE, _MOST_COLUMNS = 4096, 512
 
@@ -49,8 +48,8 @@ def _dropout_kernel(
 
 def kept_scale(p: float) -> float:
     """Return what kept entries are multiplied by, one over the probability of being kept; 1 where nothing is kept."""
-    kept = _STEPS - round(p * _STEPS)
-    return _STEPS / kept if kept else 1.0
+    kept = DROPOUT_STEPS - threshold_of(p)
+    return DROPOUT_STEPS / kept if kept else 1.0
 
 
 @torch.library.custom_op("flash_reformer::triton_dropout", mutates_args=())
@@ -74,7 +73,7 @@ def _dropout(x_XW: Tensor, p: float, seed: Tensor) -> Tensor:
         W,
         column_tiles,
         kept_scale(p),
-        THRESHOLD=round(p * _STEPS),
+        THRESHOLD=threshold_of(p),
         DTYPE=dtype_of(x_XW),
         ROWS=rows,
         COLUMNS=columns,
