@@ -6,6 +6,7 @@ it would have got, by triton and by the assembler that comes with it. The last l
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import re
@@ -23,7 +24,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flash_reformer.kernels.triton import _launch, attention
+from flash_reformer.kernels.triton import _launch, attention, decoding, hashing, loss, randomness, sorting
+from flash_reformer.kernels.triton._residual import add_streams
 
 #: Compute capabilities, as ptxas names them.
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}
@@ -172,6 +174,34 @@ def attentions() -> dict[str, Callable[[], None]]:
     }
 
 
+def others() -> dict[str, Callable[[], Any]]:
+    """What is compiled besides attention, by name."""
+    seed, mask = torch.tensor(1), torch.ones(1, 256, dtype=torch.bool)
+    order = torch.zeros(1, 2, 4, 4096, dtype=torch.int16)
+    logits, labels = torch.zeros(512, 320, dtype=BF16, requires_grad=True), torch.zeros(512, dtype=torch.int64)
+    step = [torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2, 1, 129, dtype=torch.int64)]
+
+    def hashes(dtype: torch.dtype, D: int, factors: list[int]) -> Callable[[], Any]:
+        rotations = torch.zeros(2, D, 4, sum(factors) // 2, dtype=dtype)
+        return lambda: hashing.hash_vectors(_rows(dtype, 256, D, 1)[0], rotations, factors, mask)
+
+    def streams() -> None:
+        x = torch.zeros(2, 64, 64)
+        add_streams(x, x, x.to(BF16), True, x, x)
+
+    return {
+        "hash bf16 D64, 64 x 128 buckets": hashes(BF16, 64, [64, 128]),
+        "hash fp32 D128, 512 buckets": hashes(FP32, 128, [512]),
+        "counting sort": lambda: sorting._by_counting(order),
+        "cross-entropy bf16, 320 classes": lambda: loss.cross_entropy_sum(logits, labels).backward(),
+        "dropout bf16": lambda: randomness.dropout(torch.zeros(64, 512, dtype=BF16), 0.1, seed),
+        "residual addition": streams,
+        "decoding bf16 D64": lambda: decoding.attend_at(
+            torch.zeros(2, 1, 2, 64, dtype=BF16), torch.zeros(2, 2, 300, 128, dtype=BF16), *step, step[1] == 0
+        ),
+    }
+
+
 def table(jobs: dict[str, Callable[[], None]], capabilities: list[int]) -> list[dict[str, Any]]:
     """Compile all launches of all jobs."""
     rows = []
@@ -191,5 +221,11 @@ def table(jobs: dict[str, Callable[[], None]], capabilities: list[int]) -> list[
 
 if __name__ == "__main__":
     assert not _launch.INTERPRETED, "unset TRITON_INTERPRET: interpreted kernels cannot be compiled"
-    found = table(attentions(), list(ARCHITECTURES))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("jobs", nargs="*", help="some of the jobs, by name; all without any")
+    parser.add_argument("--capability", type=int, choices=ARCHITECTURES, help="one of the architectures; all without")
+    wanted = parser.parse_args()
+    everything = {**attentions(), **others()}
+    some = {name: everything[name] for name in wanted.jobs or everything}
+    found = table(some, [wanted.capability] if wanted.capability else list(ARCHITECTURES))
     print(json.dumps({"triton": triton.__version__, "rows": found}))

@@ -55,6 +55,7 @@ def attend_kernel(
 
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
+    others = tl.zeros([BLOCK], tl.float32)
     out = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for step in range(WIDTH * tiles_per_chunk):
         offset = step // tiles_per_chunk - BEFORE
@@ -73,7 +74,7 @@ def attend_kernel(
         if not ACROSS:
             k_labels = labels_of(BUCKETS, ring, k_chunk, k_positions, k_exist, length, chunks_per_round, ROUNDS)
         is_open = open_keys(MASK, batch, k_positions, k_exist, length, MASKED, FULL)
-        scores, _ = pair_scores(
+        scores, free = pair_scores(
             q, k, score_scale, q_positions, k_positions, q_exist, k_exist, is_open, q_labels, k_labels, inside,
             CHUNK_OF, BUCKETS, ring, length, num_chunks, BEFORE, WIDTH, ROUNDS, CAUSAL, MASKED, EXCLUDE_SELF, WRAP,
             ACROSS, DUPLICATES, FULL, DOT,
@@ -84,6 +85,8 @@ def attend_kernel(
         powers = tl.exp(scores - shift[:, None])
         shrink = tl.exp(top - shift)
         total = total * shrink + tl.sum(powers, 1)
+        if EXACT_ALONE:
+            others = others * shrink + tl.sum(tl.where(free, powers, 0.0), 1)
         if DROPOUT:
             column = (offset + BEFORE) * chunk_length + k_tile * BLOCK
             keep = kept(SEED, ring, q_slots, num_slots, column, BLOCK, THRESHOLD)
@@ -98,7 +101,7 @@ def attend_kernel(
     if EXACT_ALONE and not DROPOUT:
         # Three rounded thirds of a value are not the value, nor are the parts of which fp32 products are made.
         own = load_rows(V + base, q_offsets, q_exist, D, BLOCK_D, FULL).to(tl.float32)
-        out = tl.where((top <= _SELF)[:, None], own, out)
+        out = tl.where(((top <= _SELF) & (others == 0.0))[:, None], own, out)
     at_round = chunk // chunks_per_round
     store_rows(OUT + at_round.to(tl.int64) * plane + base, q_offsets, out, q_exist, D, BLOCK_D, FULL)
     at = (ring.to(tl.int64) * ROUNDS + at_round) * length + q_positions
