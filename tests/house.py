@@ -40,7 +40,7 @@ ROOMS = {
     "kernels/triton": _room("", "torch triton"),
     "functional": _room("ops kernels kernels/cpu", "torch", lazily="kernels/triton"),
     "buffers": _room("", "torch"),
-    "residual": _room("buffers", "torch", lazily="kernels/triton"),
+    "residual": _room("buffers", "torch"),
     "seeds": _room("", "torch"),
     "reversible": _room("buffers residual seeds", "torch"),
     "layers": _room("functional reversible seeds", "torch"),

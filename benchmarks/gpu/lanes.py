@@ -100,7 +100,11 @@ def race(device: Device, plan: Plan, share: Share, lanes: list[Lane]) -> list[Ro
 
 def faults(rows: list[Row]) -> list[str]:
     """Return what went wrong among our own rows; out of memory is a result."""
-    bad = [row for row in rows if row.get("who") == "ours" and row.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY]
+    bad = [
+        row
+        for row in rows
+        if str(row.get("who")).startswith("ours") and row.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY
+    ]
     return [f"{ {k: v for k, v in row.items() if k not in ('error', 'first_s')} }: {row['error']}" for row in bad]
 
 

@@ -131,6 +131,9 @@ ATTENTIONS = (
     Attention("lsh", BF16, rounds=4),
     Attention("local", BF16),
     Attention("lsh", FP32, rounds=4, masked=True),
+    # Tiles that are not full, heads that are no power of two, windows longer than the ring.
+    Attention("lsh", BF16, chunk=24, head_size=40, length=96, masked=True, options={"num_chunks_before": 5}),
+    Attention("local", FP16, chunk=24, head_size=40, length=96, masked=True, options={"num_chunks_after": 2}),
     Attention("local", FP32, masked=True),
     Attention("lsh", BF16, head_size=128, rounds=4),
     Attention("local", BF16, head_size=128, chunk=128),
@@ -352,14 +355,14 @@ def checks(context: Context) -> Iterator[tuple[str, Callable[[], dict[str, float
     yield "sort, int32", lambda: _sort(context, torch.int32, 2**15 + 1)
     yield "dropout", lambda: _dropout(context)
     yield "cross-entropy", lambda: _cross_entropy(context)
-    for each in ATTENTIONS[:7] if whole else TOYS:
+    for each in ATTENTIONS[:9] if whole else TOYS:
         yield each.name, lambda each=each: each.check(context.device, context.backend)
     yield "one head of many, long", lambda: _long(context)
     yield "reversible against plain gradients, fp32", lambda: _reversible(context, False)
     yield "model against reference, fp32", lambda: _against_reference(context)
     yield "cached steps", lambda: _decode(context)
     yield "reversible against plain gradients, autocast", lambda: _reversible(context, True)
-    for each in (*_atomic(context.backend), *ATTENTIONS[7:]) if whole else ():
+    for each in (*_atomic(context.backend), *ATTENTIONS[9:]) if whole else ():
         yield each.name, lambda each=each: each.check(context.device, context.backend)
 
 

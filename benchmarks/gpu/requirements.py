@@ -132,6 +132,10 @@ def _layers(results: Results, plan: Plan) -> Iterator[Requirement]:
         yield Requirement(what, 1, 20, gains)
 
 
+def _unless_failed(row: Row, field: str) -> float | None:
+    return NEVER if "error" in row else row.get(field)
+
+
 def _models(results: Results, plan: Plan) -> Iterator[Requirement]:
     rows = _rows(results, "models")
 
@@ -144,10 +148,10 @@ def _models(results: Results, plan: Plan) -> Iterator[Requirement]:
     novel = step("novel", plan.novel_gb)
     if novel is not None and novel.get("error") == OUT_OF_MEMORY:
         uncapped = next((row for row in rows if row.get("model") == "novel" and row.get("cap_gb") is None), {})
-        seconds, memory = uncapped.get("step_s"), uncapped.get("allocated_gb") or NEVER
+        seconds, memory = _unless_failed(uncapped, "step_s"), uncapped.get("allocated_gb") or NEVER
     else:
-        seconds = None if novel is None else novel.get("step_s", NEVER)
-        memory = None if novel is None else novel.get("allocated_gb", NEVER)
+        seconds = None if novel is None else _unless_failed(novel, "step_s")
+        memory = None if novel is None else _unless_failed(novel, "allocated_gb")
     what = f"novel model, training step of {plan.novel_length:,} tokens"
     yield Requirement(what, -1, 1.0, {"": seconds}, "s")
     yield Requirement(f"{what}, peak memory (run within {plan.novel_gb:g} GB)", -1, plan.novel_gb, {"": memory}, "GB")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -92,9 +92,17 @@ def _triton() -> str:
     return "interpreted" if INTERPRETED else "compiled"
 
 
+@torch.compiler.assume_constant_result
+def _capabilities() -> tuple[tuple[int, int], ...]:
+    """Return the compute capability of every CUDA device; none of AMD's, which count otherwise."""
+    if torch.version.hip is not None:
+        return ()
+    return tuple(_capability(index) for index in range(torch.cuda.device_count()))
+
+
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def _refuse(reason: str | None) -> None:
@@ -126,9 +134,12 @@ def _unsuited_device(device: torch.device) -> str | None:
             )
         return _MISSING
     if device.type == "cuda" and state == "compiled":
-        if torch.compiler.is_compiling() or _capability(device) >= _TRITON_CAPABILITY:
+        capabilities, index = _capabilities(), device.index or 0
+        if not capabilities:
+            return f"backend='triton' runs on CUDA devices of NVIDIA; {device} is none of them"
+        if capabilities[index] >= _TRITON_CAPABILITY:
             return None
-        needed, found = (".".join(map(str, pair)) for pair in (_TRITON_CAPABILITY, _capability(device)))
+        needed, found = (".".join(map(str, pair)) for pair in (_TRITON_CAPABILITY, capabilities[index]))
         return f"backend='triton' needs a GPU of compute capability {needed} or newer; {device} has {found}"
     if device.type == "cpu" and state == "interpreted":
         return None
@@ -193,7 +204,20 @@ def draw_rotations(
     """
     if seed.device.type == "cpu":
         return _hashing.draw_rotations(seed, num_heads, head_size, num_hashes, bucket_factors, dtype, device)
-    return _randomness.normal(seed, (num_heads, head_size, num_hashes, sum(bucket_factors) // 2), dtype)
+    shape = (num_heads, head_size, num_hashes, sum(bucket_factors) // 2)
+    # Layers of one model may stand on several devices.
+    return _randomness.normal(seed.to(device, non_blocking=True), shape, dtype)
+
+
+def stream_addition(x: Tensor, backend: str = "auto") -> Callable[..., None] | None:
+    """Return a kernel that does what ``residual.add_in_pieces`` does, to the bit; None where there is none."""
+    if x.dtype != torch.float32 or type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cuda":
+        return None
+    if backend_for(x, backend) != "triton":
+        return None
+    from flash_reformer.kernels.triton._residual import add_streams
+
+    return add_streams
 
 
 def hash_vectors(vectors_BTHD: Tensor, *args: Any, backend: str = "auto", **kwargs: Any) -> Tensor:

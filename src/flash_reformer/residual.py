@@ -32,26 +32,21 @@ def add(x: Tensor, low: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor | 
     return result, lost
 
 
-def _fused(x: Tensor) -> Callable[..., None] | None:
-    """Return a kernel that adds in one pass, to the same bit, where there is one."""
-    if x.device.type != "cuda" or x.dtype != torch.float32:
-        return None
-    try:
-        from flash_reformer.kernels.triton._residual import add_streams
-    except ImportError:
-        return None
-    return add_streams
-
-
 def add_in_pieces(
-    x: Tensor, low: Tensor, value: Tensor, *, negated: bool = False, out: tuple[Tensor, Tensor] | None = None
+    x: Tensor,
+    low: Tensor,
+    value: Tensor,
+    *,
+    negated: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
+    fused: Callable[..., None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Do what :func:`add` does, to the bit, without autograd and some positions (dim 1) at a time.
 
-    ``negated`` adds ``-value``. ``out`` are tensors to write to.
+    ``negated`` adds ``-value``. ``out`` are tensors to write to. ``fused(x, low, value, negated, result, lost)`` does
+    all of it in one pass.
     """
     result, lost = (lasting_like(x), lasting_like(x)) if out is None else out
-    fused = _fused(x)
     if fused is not None and result.is_contiguous() and lost.is_contiguous():
         fused(x, low, value, negated, result, lost)
         return result, lost

@@ -72,11 +72,13 @@ class Branch:
     a recomputation gets what the first one returned. ``sides`` are further tensors that may want gradients.
     A branch that acts on each position alone may set ``chunk_size``: it is then run on that many positions (dim 1)
     at a time, forward and backward, so that only one chunk's activations exist; it must return an empty record.
+    ``addition`` may be a kernel that adds the output to a stream in one pass.
     """
 
     run: Callable[..., tuple[Tensor, Record]]
     sides: tuple[Tensor, ...] = ()
     chunk_size: int = 0
+    addition: Callable[..., None] | None = None
 
     def split(self, x: Tensor) -> Sequence[Tensor]:
         """Return the views of ``x`` that one call of ``run`` each takes."""
@@ -151,11 +153,11 @@ class _Block(torch.autograd.Function):
         with ctx.before_f.autocasting():
             with keeping_seeds(x1.device) as seeds_f:
                 value, record = f(x2)
-            y1, low_y1 = add_in_pieces(x1, low1, value)
+            y1, low_y1 = add_in_pieces(x1, low1, value, fused=f.addition)
             del value
             ctx.before_g = _Surroundings.capture(x1.device)
             with keeping_seeds(x1.device) as seeds_g:
-                y2, low_y2 = add_in_pieces(x2, low2, g(y1)[0])
+                y2, low_y2 = add_in_pieces(x2, low2, g(y1)[0], fused=g.addition)
         # Copied now that the branches' temporaries are gone, for the reason that _LeafGradients gives.
         record = tuple(tensor.clone() for tensor in record)
         # The explicit inputs are saved only for autograd's check that nobody changes them before the recomputation.
@@ -189,9 +191,9 @@ class _Block(torch.autograd.Function):
                 "run again as it was (torch.func.functional_call does that, too); use reversible=False"
             )
         grads = _LeafGradients([*f.sides, *g.sides, *parameters])
-        with ctx.before_g.restore(), giving_seeds(ctx.seeds_g, y1.device):
+        with ctx.before_g.restore(), giving_seeds(ctx.seeds_g):
             x2, low2, d1 = _undo(g, None, at=y1, out=y2, low=low2, d_at=d1, d_out=d2, grads=grads)
-        with ctx.before_f.restore(), giving_seeds(ctx.seeds_f, y1.device):
+        with ctx.before_f.restore(), giving_seeds(ctx.seeds_f):
             x1, low1, d2 = _undo(f, record, at=x2, out=y1, low=low1, d_at=d2, d_out=d1, grads=grads)
         return None, None, None, d1, d2, None, None, *_as_ours(x1, x2, low1, low2), *grads.sums
 
@@ -269,7 +271,8 @@ def _undo(
         with torch.enable_grad():
             leaf = at_.detach().requires_grad_()
             value, _ = branch.run(leaf, record, *branch.sides)
-        add_in_pieces(out_, low_, value.detach(), negated=True, out=(undone_, undone_low_))
+        room = (undone_, undone_low_)
+        add_in_pieces(out_, low_, value.detach(), negated=True, out=room, fused=branch.addition)
         # The graph is entered by its last edge, so that the value itself, not needed again, is gone by then.
         edge, dtype = get_gradient_edge(value) if value.requires_grad else None, value.dtype
         del value

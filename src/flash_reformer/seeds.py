@@ -55,10 +55,10 @@ def keeping_seeds(device: torch.device) -> Iterator[list[Tensor]]:
 
 
 @contextlib.contextmanager
-def giving_seeds(seeds: Sequence[Tensor], device: torch.device) -> Iterator[None]:
-    """Give out these seeds, in order, where they were kept."""
+def giving_seeds(seeds: Sequence[Tensor]) -> Iterator[None]:
+    """Give out these seeds, in order, if any were kept."""
     before = _DRAWS.out_of
-    _DRAWS.out_of = iter(seeds) if is_capturing(device) else before
+    _DRAWS.out_of = iter(seeds) if seeds else before
     try:
         yield
     finally:

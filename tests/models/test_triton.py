@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -10,10 +12,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
-from flash_reformer import ReformerConfig, ReformerForMaskedLM, ReformerModelWithLMHead, functional, seeds
+from flash_reformer import (
+    ReformerConfig,
+    ReformerForMaskedLM,
+    ReformerForQuestionAnswering,
+    ReformerForSequenceClassification,
+    ReformerModel,
+    ReformerModelWithLMHead,
+    functional,
+    reversible,
+    seeds,
+)
 from flash_reformer.layers import linear
 from flash_reformer.ops import randomness
 from tests.kernels.triton.spying import entered
@@ -187,6 +200,29 @@ def test_what_the_kernels_do_not_take_is_refused_by_name() -> None:
         functional.sort_positions(order, backend="triton")
 
 
+def test_what_would_reach_the_memory_of_others_is_refused() -> None:
+    x, order = torch.zeros(2, 48, 1, 16), torch.arange(48).expand(2, 1, 1, 48)
+
+    def attend(v: Tensor = x, positions: Tensor = order, mask: Tensor | None = None, **options: Any) -> None:
+        given = {"chunk_length": 16, "backend": "triton", **options}
+        functional.lsh_attention(x, v, positions, None, mask, **given)
+
+    attend()
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"v": torch.zeros(2, 48, 1, 8)}, "v_BTHD has shape"),
+        ({"positions": order[..., :32]}, "sorted_positions_BHRT"),
+        ({"positions": order.float()}, "sorted_positions_BHRT"),
+        ({"mask": torch.ones(2, 48, dtype=torch.long)}, "mask_BT must be bool"),
+        ({"mask": torch.ones(1, 48, dtype=torch.bool)}, "mask_BT must be bool"),
+        ({"chunk_length": 20}, "48 positions are no multiple of 20"),
+        ({"attend_across_buckets": False}, "buckets_BHRT are needed"),
+        ({"dropout_p": 0.5}, "dropout needs a seed"),
+    )
+    for options, says in wrong:
+        with pytest.raises(AssertionError, match=says):
+            attend(**options)
+
+
 def test_without_triton_or_a_device_that_it_runs_on() -> None:
     model = build()
     with mock.patch.object(functional, "_triton", return_value="missing"):
@@ -202,46 +238,118 @@ def test_without_triton_or_a_device_that_it_runs_on() -> None:
         model(ids_of(32))
     with (
         mock.patch.object(functional, "_triton", return_value="compiled"),
-        mock.patch.object(functional, "_capability", return_value=(7, 5)),
+        mock.patch.object(functional, "_capabilities", return_value=((9, 0), (7, 5))),
     ):
-        reason = functional._unsuited_device(torch.device("cuda"))
+        assert functional._unsuited_device(torch.device("cuda:0")) is None
+        reason = functional._unsuited_device(torch.device("cuda:1"))
         assert reason is not None
-        assert "compute capability 8.0 or newer; cuda has 7.5" in reason
+        assert "compute capability 8.0 or newer; cuda:1 has 7.5" in reason
+    with (
+        mock.patch.object(functional, "_triton", return_value="compiled"),
+        mock.patch.object(torch.version, "hip", "6.4"),
+    ):
+        reason = functional._unsuited_device(torch.device("cuda:0"))
+        assert reason is not None
+        assert "runs on CUDA devices of NVIDIA; cuda:0 is none of them" in reason
 
 
 # --- nobody waits -----------------------------------------------------------------------------------------------------
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations whose result the host must have, or whose shape depends on values."""
+    """Counts operations whose result the host must have, or whose shape depends on values, and crossings of devices."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal")
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: collections.Counter[str] = collections.Counter()
+        self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in self.NAMES:
+        self.names.add(name)
+        out = func(*args, **(kwargs or {}))
+        there, here = (
+            {x.device.type for x in tree_leaves(tree) if isinstance(x, Tensor)} for tree in ((args, kwargs), out)
+        )
+        if name in self.NAMES or (there | here) == {"cpu", "meta"}:
             self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
+        return out
 
 
-def test_a_training_step_waits_for_nothing() -> None:
-    """The values of inputs are looked at on CPUs only; all the rest of a step is what runs on a GPU, too."""
-    model = build(hidden_dropout_prob=0.1)
-    model.set_backend("triton")
-    ids = ids_of(40)
-    embeds = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(1))
-    with Waits() as waits:
-        hidden = model.reformer(inputs_embeds=embeds).last_hidden_state
-        total = model.lm_head.loss_sum(hidden[:, :-1], ids[:, 1:], functional.cross_entropy_sum, 16)
-        total.backward()
+@contextlib.contextmanager
+def meta_is_a_gpu() -> Iterator[None]:
+    """Let tensors that have no values stand for those of a GPU: whoever asks for one of their values fails."""
+
+    def capture(device: torch.device) -> Any:
+        state = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        return reversible._Surroundings(torch.get_rng_state(), device, None, (("cpu", *state),))
+
+    def draw(*_: Any) -> Tensor:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device="meta")
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, stand_in in (
+            (functional, "backend_for", mock.Mock(return_value="triton")),
+            (functional, "_unsuited_device", mock.Mock(return_value=None)),
+            (functional, "_on_triton", mock.Mock(return_value=True)),
+            (reversible._Surroundings, "capture", staticmethod(capture)),
+            (ReformerModel, "_draw_seed", draw),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, stand_in))
+        yield
+
+
+def lm_inputs(ids: Tensor) -> dict[str, Tensor]:
+    return {"labels": ids, "attention_mask": torch.ones_like(ids), "head_mask": torch.ones(2, 2, device=ids.device)}
+
+
+def class_inputs(ids: Tensor) -> dict[str, Tensor]:
+    return {"labels": ids[:, 0]}
+
+
+def span_inputs(ids: Tensor) -> dict[str, Tensor]:
+    return {"start_positions": ids[:, 0], "end_positions": ids[:, 1], "attention_mask": torch.ones_like(ids)}
+
+
+BIDIRECTIONAL = {"is_decoder": False}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize(
+    ("kind", "changes", "inputs_of"),
+    [
+        (ReformerModelWithLMHead, {}, lm_inputs),
+        (ReformerModelWithLMHead, {"reversible": False, "lsh_allow_duplicate_attention": False}, lm_inputs),
+        (ReformerModelWithLMHead, {"full_attention_below": "auto", "chunk_size_feed_forward": 8}, lm_inputs),
+        (ReformerForMaskedLM, BIDIRECTIONAL, lm_inputs),
+        (ReformerForSequenceClassification, {"num_labels": 3}, class_inputs),
+        (ReformerForQuestionAnswering, BIDIRECTIONAL, span_inputs),
+    ],
+)
+def test_a_training_step_waits_for_nothing(kind: Any, changes: Any, inputs_of: Any, autocast: bool) -> None:
+    """From the front door to the gradients."""
+    # Registered operators work on tensors without values.
+    from flash_reformer.kernels.triton import attention, hashing, loss, randomness, sorting  # noqa: F401
+
+    dropouts = {"lsh_attention_probs_dropout_prob": 0.1, "local_attention_probs_dropout_prob": 0.1}
+    torch.manual_seed(0)
+    model = kind(ReformerConfig(**{**FIELDS, **dropouts, **changes})).to("meta").train()
+    ids = torch.zeros(2, 40, dtype=torch.long, device="meta")
+    with meta_is_a_gpu(), Waits() as waits, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(ids, **inputs_of(ids)).loss.backward()
     assert waits.counts == {}
+    assert {"triton_attention", "triton_attention_backward", "triton_cross_entropy"} <= waits.names
+    assert ("triton_hash_vectors" in waits.names) is (changes.get("full_attention_below") != "auto")
+
+
+def test_waits_are_counted() -> None:
     with Waits() as waits:
-        ids[0, 0].item()
-    assert waits.counts == {"_local_scalar_dense": 1}, "the count counts"
+        torch.zeros(1).item()
+        torch.zeros(2).to("meta")
+        torch.zeros(3).nonzero()
+    assert waits.counts == {"_local_scalar_dense": 1, "_to_copy": 1, "nonzero": 1}
 
 
 def test_seeds_on_a_device_stay_there() -> None:

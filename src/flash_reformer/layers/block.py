@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flash_reformer import functional
 from flash_reformer.layers.attention import ReformerAttention
 from flash_reformer.layers.call import Call
 from flash_reformer.layers.decode_step import Step
@@ -111,7 +112,9 @@ class ReformerLayer(nn.Module):
                 return self.feed_forward(x), ()
 
         sides = () if head_mask_H is None else (head_mask_H,)
-        return Branch(run_attention, sides), Branch(run_feed_forward, chunk_size=self._chunk_size(x1))
+        addition = functional.stream_addition(x1, call.backend)
+        chunk_size = self._chunk_size(x1)
+        return Branch(run_attention, sides, 0, addition), Branch(run_feed_forward, (), chunk_size, addition)
 
     def _chunk_size(self, x_BTE: Tensor) -> int:
         """Return how many positions go through the feed-forward branch at once; 0 for all.

@@ -31,15 +31,11 @@ class Dropout(nn.Dropout):
         """Zero entries with probability ``p`` in training and scale up the others."""
         if not self.training or self.p == 0.0:
             return x
-        if self.inplace or not x.is_floating_point() or not self._pays(x):
+        # On a GPU a mask of our own is what lets graphs be captured, so it is taken whatever the size.
+        pays = x.device.type == "cuda" or (x.device.type == "cpu" and x.numel() >= _SMALL)
+        if self.inplace or not pays or not x.is_floating_point():
             return super().forward(x)
         return functional.dropout(x, self.p, draw_seed(x.device), backend=self.backend)
-
-    def _pays(self, x: Tensor) -> bool:
-        """Whether a mask of our own is faster; on a GPU it is what lets graphs be captured, so size does not count."""
-        if x.device.type == "cpu":
-            return x.numel() >= _SMALL
-        return x.device.type == "cuda" and functional.backend_for(x, self.backend) == "triton"
 
 
 def check_capture(root: nn.Module, device: torch.device) -> None:
@@ -48,7 +44,7 @@ def check_capture(root: nn.Module, device: torch.device) -> None:
         return
     for name, module in root.named_modules():
         random = isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0.0
-        if random and not isinstance(module, Dropout):
+        if random and not (isinstance(module, Dropout) and not module.inplace):
             raise RuntimeError(
                 f"a CUDA graph cannot capture the reversible training of {name} ({type(module).__name__}): the state "
                 "of its generator cannot be kept for the recomputation; set its p to 0, or use reversible=False"

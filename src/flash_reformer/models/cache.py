@@ -111,6 +111,7 @@ class ReformerCache(Cache):
         #: The longest a row may get, in columns; None where nobody said, and bucket counts follow the length.
         self.reach: int | None = None
         self.seed: Tensor | None = None
+        self.seeds_LX: Tensor | None = None
         self.num_hashes: int | None = None
         #: The bucket count of every layout length met so far.
         self.known_factors: dict[int, tuple[int, ...]] = {}

@@ -136,6 +136,7 @@ class CachedForwards:
         cache.settle_layout(self._exact_below(num_hashes))
         cache.context = self.context()
         cache.seed = self._draw_seed()
+        cache.seeds_LX = self._seeds_of_layers(cache.seed)
         cache.num_hashes = self.config.num_hashes if num_hashes is None else num_hashes
         cache.reaches = [None if reach is None else min(limit, reach - (columns - n)) for n in counts]
 
@@ -193,7 +194,7 @@ class CachedForwards:
                 num_hashes=cache.num_hashes or 0,
                 bucket_factors=(),
                 rotation_seed=self._rotation_seed(),
-                seeds_LX=self._seeds_of_layers(cache.seed),
+                seeds_LX=cache.seeds_LX,
                 exact=False,
                 backend=self._backend,
             ),

@@ -121,11 +121,13 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
     even in a causal model, though they are never read. Local attention is strictly causal.
     """
 
+    #: See :meth:`set_backend`; a model that was pickled before the switch existed has it, too.
+    _deterministic = True
+
     def __init__(self, config: ReformerConfig) -> None:
         check_consistency(config)
         super().__init__(config)
         self._backend = "auto"
-        self._deterministic = True
         self.embeddings = ReformerEmbeddings(config)
         self.encoder = ReformerEncoder(config, [ReformerLayer(config, i) for i in range(config.num_hidden_layers)])
         self.post_init()

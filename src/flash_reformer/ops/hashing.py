@@ -34,7 +34,7 @@ def _draw(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
 
 
 #: What was drawn on devices. While a graph is captured no generator may be used, and by then a fixed seed has been.
-_drawn_before = functools.lru_cache(maxsize=64)(_draw)
+_drawn_before = functools.lru_cache(maxsize=8)(_draw)
 
 
 @torch.library.custom_op("flash_reformer::draw_rotations", mutates_args=())

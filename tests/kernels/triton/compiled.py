@@ -167,6 +167,7 @@ def attentions() -> dict[str, Callable[[], None]]:
         "lsh bf16 C256 D128 R4": lsh(BF16, 256, 128, 4),
         "lsh bf16 C64 D64 dropout": lsh(BF16, 64, 64, **dropout),
         "lsh fp16 C32 D32, every option": lsh(FP16, 32, 32, 2, **every),
+        "lsh bf16 C64 D64 R4, union": lsh(BF16, 64, 64, 4, allow_duplicate_attention=False),
         "lsh fp32 C64 D64": lsh(FP32, 64, 64),
         "local bf16 C64 D64": local(BF16, 64, 64),
         "local bf16 C128 D128": local(BF16, 128, 128),

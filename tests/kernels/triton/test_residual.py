@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from flash_reformer import residual
+from flash_reformer import functional, residual
 from flash_reformer.kernels.triton._residual import add_streams
 from tests.kernels.triton.spying import DTYPES, entered
 from tests.models.test_triton import assert_close, build, ids_of, step
@@ -38,7 +38,20 @@ def test_equal_to_the_bit(shape: tuple[int, ...], dtype: torch.dtype, negated: b
 def test_a_whole_step() -> None:
     model = build(hidden_dropout_prob=0.0, num_hashes=1)
     expected = step(model, ids_of(32, 1))
-    with mock.patch.object(residual, "_fused", return_value=add_streams), entered() as names:
+    with mock.patch.object(functional, "stream_addition", return_value=add_streams), entered() as names:
         actual = step(model, ids_of(32, 1))
     assert names.count("_add_kernel") == 8, "two per layer forward, two backward"
     assert_close(actual, expected, 0.0)
+
+
+def test_only_asked_for() -> None:
+    """Never behind the back of who asked for the definitions, nor for what it does not take."""
+    x = torch.zeros(2, 3, 4)
+    assert functional.stream_addition(x) is None, "on a CPU pieces are faster"
+    gpu = mock.Mock(spec=torch.Tensor, dtype=torch.float32, device=torch.device("cuda:0"))
+    with mock.patch.object(functional, "type", side_effect=lambda _: torch.Tensor, create=True):
+        assert functional.stream_addition(gpu, "reference") is None
+        with mock.patch.object(functional, "_unsuited_device", return_value=None):
+            assert functional.stream_addition(gpu) is add_streams
+            gpu.dtype = torch.bfloat16
+            assert functional.stream_addition(gpu) is None

@@ -24,7 +24,7 @@ INTERPRETED = not isinstance(_probe_kernel, triton.JITFunction)
 #: of 16, as triton would otherwise do.
 UNSPECIALIZED = (
     "plane length num_chunks chunks_per_round tiles_here first_tile turns blocks N num_tokens column_tiles T tiles "
-    "ignore_index"
+    "ignore_index chunk_length"
 ).split()
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -53,8 +53,11 @@ def block_of(size: int, least: int = 16) -> int:
 
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether matrix products read their operands from shared memory. The interpreter goes the same way."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether matrix products read their operands from shared memory, as on Hopper and on data centres' Blackwell.
+
+    The interpreter goes the same way.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def seed_on(device: torch.device, seed: Tensor | None, stand_in: Tensor) -> Tensor:

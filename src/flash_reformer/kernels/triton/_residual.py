@@ -14,17 +14,21 @@ _BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _add_kernel(X, LOW, VALUE, RESULT, LOST, N, NEGATED: tl.constexpr, BLOCK: tl.constexpr):
+def _add_kernel(X, LOW, VALUE, RESULT, LOST, N, NEGATED: tl.constexpr, ONE_LOW: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < N
     x = tl.load(X + place, mask=inside, other=0.0)
     value = tl.load(VALUE + place, mask=inside, other=0.0).to(tl.float32)
     if NEGATED:
         value = -value
+    if ONE_LOW:
+        low = tl.load(LOW)
+    else:
+        low = tl.load(LOW + place, mask=inside, other=0.0)
     # Two-sum, as in ``residual.add``: additions only, so that no compiler fuses any.
     total = x + value
     back = total - x
-    lost = (x - (total - back)) + (value - back) + tl.load(LOW + place, mask=inside, other=0.0)
+    lost = (x - (total - back)) + (value - back) + low
     result = total + lost
     tl.store(RESULT + place, result, mask=inside)
     tl.store(LOST + place, lost - (result - total), mask=inside)
@@ -35,8 +39,8 @@ def add_streams(x: Tensor, low: Tensor, value: Tensor, negated: bool, result: Te
 
     All but ``value`` are fp32; results are contiguous.
     """
-    count = x.numel()
-    pointers = (x.contiguous(), low.contiguous(), value.contiguous(), result, lost)
-    launch(
-        _add_kernel, triton.cdiv(count, _BLOCK), *pointers, count, NEGATED=negated, BLOCK=_BLOCK, like=x, num_warps=4
-    )
+    # The first low part is one number of stride 0, which need not become a stream to be read.
+    one_low = not any(low.stride())
+    pointers = (x.contiguous(), low if one_low else low.contiguous(), value.contiguous(), result, lost)
+    options = {"NEGATED": negated, "ONE_LOW": one_low, "BLOCK": _BLOCK}
+    launch(_add_kernel, triton.cdiv(x.numel(), _BLOCK), *pointers, x.numel(), **options, like=x, num_warps=4)

@@ -55,6 +55,23 @@ class Facts:
         """R."""
         return 1 if self.sorted_positions_BHRT is None else self.sorted_positions_BHRT.shape[2]
 
+    def check(self, rules: Rules) -> None:
+        """Assert what kernels take for granted: where it does not hold, they would write to memory of others."""
+        B, T, H, _D = self.query_BTHD.shape
+        for name in ("key_BTHD", "v_BTHD"):
+            x = getattr(self, name)
+            assert x is None or x.shape == self.query_BTHD.shape, f"{name} has shape {tuple(x.shape)}"
+        assert T % max(1, rules.chunk_length) == 0, f"{T} positions are no multiple of {rules.chunk_length}"
+        for name in ("sorted_positions_BHRT", "buckets_BHRT"):
+            x = getattr(self, name)
+            assert x is None or (x.shape == (B, H, self.num_rounds, T) and not x.is_floating_point()), name
+        assert rules.attend_across_buckets or self.buckets_BHRT is not None, "buckets_BHRT are needed"
+        mask = self.mask_BT
+        assert mask is None or (mask.shape == (B, T) and mask.dtype == torch.bool), "mask_BT must be bool, [B, T]"
+        assert rules.dropout_p == 0.0 or self.dropout_seed is not None, "dropout needs a seed"
+        tensors = (self.key_BTHD, self.v_BTHD, self.sorted_positions_BHRT, self.buckets_BHRT, mask)
+        assert all(x is None or x.device == self.query_BTHD.device for x in tensors), "tensors are on several devices"
+
 
 def _chunk_of(sorted_positions_BHRT: Tensor, chunk_length: int) -> Tensor:
     """Return int32 ``[B, H, R, T]``: the chunk on the ring in which a position stands, in every round."""
@@ -78,18 +95,18 @@ class Shape(NamedTuple):
     split: bool = False
 
 
-def forward_shape(dtype: torch.dtype, block_d: int, hopper: bool) -> Shape:
+def forward_shape(dtype: torch.dtype, block_d: int, hopper: bool, union: bool = False) -> Shape:
     """Choose what compiles without spills (see the table that ``tests/kernels/triton/compiled.py`` prints)."""
-    if dtype == torch.float32:
+    if dtype == torch.float32 or union:
         return Shape(32, 4, 1)
     return Shape(64, 4 if block_d <= 64 else 8, 2 if hopper else 1)
 
 
-def backward_shape(dtype: torch.dtype, block_d: int, hopper: bool) -> Shape:
-    """Choose what compiles without spills. Before Hopper, operands of products take registers."""
+def backward_shape(dtype: torch.dtype, block_d: int, hopper: bool, union: bool = False) -> Shape:
+    """Choose what spills least. Before Hopper, operands of products take registers; so do counts, for unions."""
     if dtype == torch.float32:
         return Shape(32 if block_d <= 64 else 16, 8, 1, split=True)
-    if block_d > 64:
+    if block_d > 64 or union:
         return Shape(32, 8, 1, split=True)
     return Shape(64 if hopper else 32, 4, 1)
 
@@ -98,6 +115,7 @@ class Launches:
     """The launches of one call: sizes, arguments that every kernel takes, and constants."""
 
     def __init__(self, facts: Facts, rules: Rules, most_slots: int) -> None:
+        facts.check(rules)
         B, T, H, D = facts.query_BTHD.shape
         R, C = facts.num_rounds, max(1, rules.chunk_length)
         self.like = facts.query_BTHD
@@ -167,7 +185,7 @@ def attend(facts: Facts, rules: Rules) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return output ``[B, T, H, D]``, log-sum-exps ``[B, H, R, T]``, and maxima and sums of powers ``[B, H, T]``."""
     v = facts.v_BTHD
     B, T, H, D = v.shape
-    shape = forward_shape(v.dtype, block_of(D), is_hopper(v.device))
+    shape = forward_shape(v.dtype, block_of(D), is_hopper(v.device), not rules.allow_duplicate_attention)
     run = Launches(facts, rules, shape.tile)
     R = run.rounds
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -223,7 +241,8 @@ def attend_backward(
     with atomic additions.
     """
     v = facts.v_BTHD
-    shape = backward_shape(v.dtype, block_of(v.shape[-1]), is_hopper(v.device))
+    union = not rules.allow_duplicate_attention
+    shape = backward_shape(v.dtype, block_of(v.shape[-1]), is_hopper(v.device), union)
     run = Launches(facts, rules, shape.tile)
     R = run.rounds
     d_out = d_out_BTHD.contiguous()

@@ -149,10 +149,10 @@ def appearances(
     rounds = ring.to(tl.int64) * ROUNDS
     # Without wrapping, or within buckets, only a round's own windows hold what may be seen.
     key_rounds: tl.constexpr = ROUNDS if WRAP and ACROSS else 1
-    for q_round in range(ROUNDS):
+    for q_round in tl.range(ROUNDS, loop_unroll_factor=1):
         q_at = (rounds + q_round) * length + q_positions
         q_chunks = tl.load(CHUNK_OF + q_at, mask=q_exist, other=0)
-        for step in range(key_rounds):
+        for step in tl.range(key_rounds, loop_unroll_factor=1):
             k_round = (q_round + step) % ROUNDS
             k_at = (rounds + k_round) * length + k_positions
             k_chunks = tl.load(CHUNK_OF + k_at, mask=k_exist, other=0)

@@ -145,7 +145,6 @@ def lsh_attention(
     deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attend within sorted chunks and merge the rounds; see the definition in ``ops``. The lse has no gradient."""
-    assert dropout_p == 0.0 or dropout_seed is not None, "dropout needs a seed"
     window = (chunk_length, num_chunks_before, num_chunks_after)
     choices = (causal, True, wrap_around, attend_across_buckets, allow_duplicate_attention)
     # Buckets are looked at only within buckets.
@@ -172,7 +171,6 @@ def local_attention(
     dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the own chunk and its neighbours; see the definition in ``ops``. The lse has no gradient."""
-    assert dropout_p == 0.0 or dropout_seed is not None, "dropout needs a seed"
     tensors = (query_BTHD, key_BTHD, v_BTHD, None, None, mask_BT, dropout_seed)
     window = (chunk_length, num_chunks_before, num_chunks_after)
     scale = 1 / math.sqrt(query_BTHD.shape[-1])
@@ -194,7 +192,6 @@ def exact_attention(
     dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to every position; see the definition in ``ops``. The lse has no gradient."""
-    assert dropout_p == 0.0 or dropout_seed is not None, "dropout needs a seed"
     tensors = (query_BTHD, key_BTHD, v_BTHD, None, None, mask_BT, dropout_seed)
     window = (query_BTHD.shape[1], 0, 0)
     out_BTHD, lse_BH1T, _, _ = _attention(
