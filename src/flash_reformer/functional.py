@@ -316,6 +316,7 @@ def linear(x_XI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, bac
     The kernel takes plain fp32 weights and enough rows to be worth it. Quantised or sharded weights, autocast, other
     dtypes and compilers, which choose for themselves, get torch's own.
     """
+    check_backend(backend)
     if backend in ("auto", "cpu") and backend_for(x_XI, backend) == "cpu" and _suits_convolution(x_XI, weight_OI):
         return _cpu_linear.linear(x_XI, weight_OI, bias_O)
     return _linear.linear(x_XI, weight_OI, bias_O)
