@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,8 @@ def test_overwriting_removes_what_runs_leave_and_nothing_else(data, tmp_path):
     asked = {**QUICK, **data["clm"], "output": str(tmp_path / "run"), "tensorboard": True}
     train("clm", asked, TINY)
     (tmp_path / "run" / "checkpoint-old").mkdir()
+    # Older than any checkpoint, so that whoever removes the oldest folders would take it.
+    os.utime(tmp_path / "run" / "checkpoint-old", (0, 0))
     (tmp_path / "run" / "checkpoint-notes.txt").touch()
     train("clm", {**asked, "tensorboard": False, "max_steps": 2}, TINY, overwrite=True)
     left = {path.name for path in (tmp_path / "run").iterdir()}

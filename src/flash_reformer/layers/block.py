@@ -89,6 +89,17 @@ def _in_modes(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
             module.training = not training
 
 
+def _check_sharding(layer: nn.Module) -> None:
+    """Raise where a part of a layer is a unit of FSDP: its weights would be others when the layer runs again."""
+    for name, module in layer.named_modules():
+        # What ``fully_shard`` gives to the modules that it is called on.
+        if module is not layer and hasattr(module, "_get_fsdp_state"):
+            raise RuntimeError(
+                f"fully_shard was called on {name}, a part of a reversible layer; call it on the whole layer "
+                "(model.reformer.encoder.layers[i]), or use reversible=False"
+            )
+
+
 class ReformerLayer(nn.Module):
     """``y1 = x1 + Attention(x2)``, ``y2 = x2 + FeedForward(y1)`` (Reformer, section 3)."""
 
@@ -140,6 +151,7 @@ class ReformerLayer(nn.Module):
         if streams.channel is not None:
             assert not with_probs, "probabilities would have to be stored"
             check_capture(self, streams.x1.device)
+            _check_sharding(self)
             return reversible_block(attention, feed_forward, streams, lambda: list(self.parameters())), None
         after, record = plain_block(attention, feed_forward, streams)
         probs = self.attention.probs(streams.x2, call, head_mask_H, record) if with_probs else None

@@ -43,13 +43,34 @@ def prepare_folder(output: str, *, overwrite: bool) -> Path:
         if not (is_run and overwrite):
             hint = "go on with --resume, start over with --overwrite, or name another" if is_run else "name another"
             raise ValueError(f"--output {folder} already holds {'a run' if is_run else 'other files'}: {hint}")
-        for own in (*folder.glob("checkpoint-*"), folder / "tensorboard"):
-            if own.is_dir() and (own.name == "tensorboard" or own.name.removeprefix("checkpoint-").isdigit()):
-                shutil.rmtree(own)
+        for own in (*own_checkpoints(folder), folder / "tensorboard"):
+            shutil.rmtree(own, ignore_errors=not own.is_dir())
         for name in (*_OWN_FILES, *_MODEL_FILES):
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def own_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first: folders with the number of a step, and no other folder."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    numbered = [path for path in found if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def prune_checkpoints(folder: Path, limit: int, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond ``limit``, but neither the last nor the best one.
+
+    transformers' own rotation goes by times of modification and takes any folder whose name begins like that of a
+    checkpoint.
+    """
+    kept = own_checkpoints(folder)
+    protected = {kept[-1].name, *([] if best is None else [Path(best).name])} if kept else set()
+    for checkpoint in [path for path in kept if path.name not in protected]:
+        if len(kept) <= max(limit, len(protected)):
+            return
+        kept.remove(checkpoint)
+        shutil.rmtree(checkpoint)
 
 
 def write_settings(task: str, settings: TrainingSettings) -> Path:

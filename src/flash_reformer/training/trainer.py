@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from flash_reformer.training.budget import Budget
+from flash_reformer.training.run_folder import prune_checkpoints
 from flash_reformer.training.settings import TrainingSettings
 from flash_reformer.training.tasks import Task
 
@@ -41,6 +42,11 @@ class Rhythm(TrainerCallback):
         """Start the clock, and count as done what was done before a resumption."""
         self.budget.start()
         self._mark = self._marks(state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remove old checkpoints."""
+        if state.is_world_process_zero:
+            prune_checkpoints(Path(self.settings.output), self.settings.save_total_limit, state.best_model_checkpoint)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Set the flags that the Trainer acts on."""
@@ -181,7 +187,8 @@ def training_arguments(task: Task, use_cache: bool) -> TrainingArguments:
         load_best_model_at_end=settings.keep == "best",
         metric_for_best_model=f"eval_{task.measure.key}",
         greater_is_better=task.measure.greater_is_better,
-        save_total_limit=settings.save_total_limit,
+        # Removing old checkpoints is the Rhythm's.
+        save_total_limit=None,
         logging_steps=settings.log_interval,
         logging_nan_inf_filter=False,
         prediction_loss_only=task.loss_only,

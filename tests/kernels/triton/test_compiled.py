@@ -39,7 +39,7 @@ def compiled(folder: Path, capability: int, *jobs: str) -> list[dict[str, Any]]:
     [
         (90, ["lsh bf16 C64 D64", "lsh bf16 C256 D128 R4", "local bf16 C128 D128"], False),
         (80, ["lsh bf16 C64 D64", "local bf16 C128 D128"], True),
-        (90, ["lsh fp32 C64 D64", "lsh fp16 C32 D32, every option"], True),
+        pytest.param(90, ["lsh fp32 C64 D64", "lsh fp16 C32 D32, every option"], True, marks=pytest.mark.full),
     ],
     ids=["bf16 on sm_90a", "bf16 on sm_80", "others on sm_90a"],
 )
