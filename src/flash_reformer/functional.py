@@ -128,7 +128,7 @@ def _unsuited_device(device: torch.device) -> str | None:
     if state == "missing":
         if device.type == "cuda":
             warnings.warn(
-                "triton is not installed, so attention on the GPU runs plain PyTorch definitions, many times slower: "
+                "triton is not installed, so attention on the GPU runs plain PyTorch definitions: "
                 "pip install 'flash-reformer[triton]'",
                 stacklevel=2,
             )
