@@ -78,7 +78,7 @@ def labels(module: nn.Module) -> Iterator[None]:
         setattr(functional, name, _labelled(getattr(functional, name), label))
     marked = [(part, label) for name, part in module.named_modules() if (label := _label_of(name)) is not None]
     for part, label in marked:
-        for method in ("forward", "loss_sum"):
+        for method in ("forward", "_project"):
             if hasattr(part, method):
                 setattr(part, method, _labelled(getattr(part, method), label))
     try:
@@ -87,7 +87,7 @@ def labels(module: nn.Module) -> Iterator[None]:
         for owner, name, function in undo:
             setattr(owner, name, function)
         for part, _ in marked:
-            for method in ("forward", "loss_sum"):
+            for method in ("forward", "_project"):
                 part.__dict__.pop(method, None)
 
 

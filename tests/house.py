@@ -42,8 +42,9 @@ ROOMS = {
     "buffers": _room("", "torch"),
     "residual": _room("buffers", "torch"),
     "seeds": _room("", "torch"),
-    "reversible": _room("buffers residual seeds", "torch"),
-    "layers": _room("functional reversible seeds", "torch"),
+    "branches": _room("buffers residual seeds", "torch"),
+    "reversible": _room("branches buffers residual seeds", "torch"),
+    "layers": _room("functional branches reversible seeds", "torch"),
     "models": _room("layers functional", "torch transformers"),
     "distributed": _room("functional reversible layers", "torch"),
     "inspection": _room("functional models", "torch", lazily="matplotlib"),
@@ -55,7 +56,7 @@ ROOMS = {
 }
 
 PURE = ("ops", "kernels")
-NO_ENVIRONMENT = (*PURE, "functional", "reversible", "layers", "models")
+NO_ENVIRONMENT = (*PURE, "functional", "branches", "reversible", "layers", "models")
 NO_SYNC = (*PURE, "layers")
 SYNCHRONISING = frozenset("item tolist nonzero argwhere masked_select unique unique_consecutive cpu".split())
 RANDOM = frozenset(

@@ -70,6 +70,11 @@ class _Pool(threading.local):
         weakref.finalize(view, self._kept.give_back, entry).atexit = False
         return torch.frombuffer(view, dtype=dtype, count=count, offset=offset).view(shape)
 
+    @property
+    def is_keeping(self) -> bool:
+        """Whether what comes back is kept."""
+        return self._kept.limit > 0
+
     def keep_at_most(self, limit: float) -> None:
         """Keep no more than so many bytes from now on."""
         self._kept.limit = limit
@@ -104,7 +109,7 @@ class _Kept:
 
 
 #: What results of operations may keep while nobody holds them. Streams keep all they need while a chain is walked.
-_results, _streams = _Pool(2**27), _Pool(0)
+_results, _streams = _Pool(2**26), _Pool(0)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -121,9 +126,14 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def lasting_like(x: Tensor) -> Tensor:
     """Return an uninitialised, contiguous tensor like ``x`` for what outlives a block of a chain."""
-    if x.device.type != "cpu" or type(x) is not Tensor or x.numel() * x.element_size() < _SMALL:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return _streams.take(tuple(x.shape), x.dtype)
+    return lasting(tuple(x.shape), x)
+
+
+def lasting(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return an uninitialised tensor of another shape than ``like`` in such memory."""
+    if like.device.type != "cpu" or type(like) is not Tensor or math.prod(shape) * like.element_size() < _SMALL:
+        return like.new_empty(shape)
+    return (_streams if _streams.is_keeping else _results).take(tuple(shape), like.dtype)
 
 
 def begin_walk() -> None:

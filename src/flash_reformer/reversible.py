@@ -15,7 +15,8 @@ zeros of stride 0 (one number of memory); going backward their **gradient** is t
 * ``open_channel`` starts a chain, whether or not its inputs need gradients (frozen embeddings train the rest);
 * ``reversible_block`` runs one block;
 * ``keep`` stores the pair in the middle of a chain, so that a loss may enter there;
-* ``close_channel`` stores the last pair, as the concatenation that the model goes on with.
+* ``close_channel`` stores the last pair, as the concatenation that the model goes on with, and ``close_with_sum`` where
+  it goes on with no more than a sum over positions, such as a loss.
 
 One autograd function per block, with the block's parameters as its inputs and ``torch.autograd.grad`` inside its
 backward: parameters get gradients where autograd expects them, which DDP, FSDP2, tied blocks and
@@ -24,28 +25,36 @@ backward: parameters get gradients where autograd expects them, which DDP, FSDP2
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
+from flash_reformer.branches import (
+    Branch,
+    LeafGradients,
+    Record,
+    Surroundings,
+    Undoing,
+    advance,
+    as_ours,
+    is_ours,
+    same_memory,
+    undo,
+)
 from flash_reformer.buffers import begin_walk, end_walk, lasting_like
-from flash_reformer.residual import add, add_in_pieces
-from flash_reformer.seeds import giving_seeds, is_capturing, keeping_seeds
-
-#: What a branch decided in its forward and must not decide again in its recomputation (hash buckets, say).
-Record = tuple[Tensor, ...]
+from flash_reformer.residual import add
 
 
 class Streams(NamedTuple):
     """The two residual streams, their low parts and, inside a reversible chain, its channel.
 
-    Without low parts (inference, where nothing is rebuilt) additions are plain.
+    Without low parts (inference, where nothing is rebuilt) additions are plain. In a ``private`` chain nobody but its
+    blocks ever sees what passes between two of them, so each writes over what it got.
     """
 
     x1: Tensor
@@ -53,6 +62,7 @@ class Streams(NamedTuple):
     low1: Tensor | None = None
     low2: Tensor | None = None
     channel: tuple[Tensor, ...] | None = None
+    private: bool = False
 
 
 def start(x: Tensor, *, exact: bool) -> Streams:
@@ -64,106 +74,27 @@ def start(x: Tensor, *, exact: bool) -> Streams:
     return Streams(x.view_as(x), x.view_as(x), nothing, nothing)
 
 
-@dataclass(frozen=True)
-class Branch:
-    """One residual branch of a block.
-
-    ``run(x, record, *sides)`` returns the branch's output and its record. The first call gets ``record=None``;
-    a recomputation gets what the first one returned. ``sides`` are further tensors that may want gradients.
-    A branch that acts on each position alone may set ``chunk_size``: it is then run on that many positions (dim 1)
-    at a time, forward and backward, so that only one chunk's activations exist; it must return an empty record.
-    ``addition`` may be a kernel that adds the output to a stream in one pass.
-    """
-
-    run: Callable[..., tuple[Tensor, Record]]
-    sides: tuple[Tensor, ...] = ()
-    chunk_size: int = 0
-    addition: Callable[..., None] | None = None
-
-    def split(self, x: Tensor) -> Sequence[Tensor]:
-        """Return the views of ``x`` that one call of ``run`` each takes."""
-        return x.split(self.chunk_size, dim=1) if self.chunk_size else (x,)
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Record]:
-        """Run the branch on all of ``x`` for the first time."""
-        if not self.chunk_size:
-            return self.run(x, None, *self.sides)
-        return torch.cat([self.run(piece, None, *self.sides)[0] for piece in self.split(x)], dim=1), ()
-
-
-class _Surroundings(NamedTuple):
-    """What a branch reads besides its arguments: random states and autocast. Both are restored to replay it."""
-
-    cpu_rng: Tensor
-    device: torch.device
-    device_rng: Tensor | None
-    autocast: tuple[tuple[str, bool, torch.dtype], ...]
-
-    @staticmethod
-    def capture(device: torch.device) -> _Surroundings:
-        cuda = device.type == "cuda"
-        kinds = {"cpu", device.type}
-        return _Surroundings(
-            torch.get_rng_state(),
-            device,
-            torch.cuda.get_rng_state(device) if cuda and not is_capturing(device) else None,
-            tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)),
-        )
-
-    @contextlib.contextmanager
-    def restore(self) -> Iterator[None]:
-        """Replay in these surroundings; the caller's random states come back untouched."""
-        outer = _Surroundings.capture(self.device)
-        self._set_rng()
-        try:
-            with self.autocasting():
-                yield
-        finally:
-            outer._set_rng()
-
-    @contextlib.contextmanager
-    def autocasting(self) -> Iterator[None]:
-        """Autocast as captured, without its cache of cast weights.
-
-        That cache may hold copies made while gradients were off (the forward of an autograd function); a graph
-        built on one of them would not lead to the weight.
-        """
-        with contextlib.ExitStack() as stack:
-            for kind, enabled, dtype in self.autocast:
-                if enabled or torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            yield
-
-    def _set_rng(self) -> None:
-        torch.set_rng_state(self.cpu_rng)
-        if self.device_rng is not None:
-            torch.cuda.set_rng_state(self.device_rng, self.device)
-
-
 class _Block(torch.autograd.Function):
     """Map ``(x1, x2, low1, low2, channel, sides, parameters)`` to y, low parts and channel; backward rebuilds x."""
 
     @staticmethod
     def forward(
-        ctx: Any, f: Branch, g: Branch, parameters: Callable[[], list[Tensor]], *tensors: Tensor
+        ctx: Any, f: Branch, g: Branch, parameters: Callable[[], list[Tensor]], private: bool, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         x1, x2, low1, low2, *channel = tensors[:8]
-        ctx.f, ctx.g, ctx.parameters = f, g, parameters
-        ctx.before_f = _Surroundings.capture(x1.device)
-        with ctx.before_f.autocasting():
-            with keeping_seeds(x1.device) as seeds_f:
-                value, record = f(x2)
-            y1, low_y1 = add_in_pieces(x1, low1, value, fused=f.addition)
-            del value
-            ctx.before_g = _Surroundings.capture(x1.device)
-            with keeping_seeds(x1.device) as seeds_g:
-                y2, low_y2 = add_in_pieces(x2, low2, g(y1)[0], fused=g.addition)
-        # Copied now that the branches' temporaries are gone, for the reason that _LeafGradients gives.
+        ctx.f, ctx.g, ctx.parameters, ctx.private = f, g, parameters, private
+        reuse = all(map(is_ours, tensors[:4]))
+        ctx.before_f = Surroundings.capture(x1.device)
+        with ctx.before_f.first():
+            y1, low_y1, record = advance(f, at=x2, x=x1, low=low1, reuse=reuse)
+        ctx.before_g = Surroundings.capture(x1.device)
+        with ctx.before_g.first():
+            y2, low_y2, _ = advance(g, at=y1, x=x2, low=low2, reuse=reuse)
+        # Copied now that the branches' temporaries are gone, for the reason that LeafGradients gives.
         record = tuple(tensor.clone() for tensor in record)
         # The explicit inputs are saved only for autograd's check that nobody changes them before the recomputation.
         ctx.save_for_backward(*record, *tensors[8:])
         ctx.num_records = len(record)
-        ctx.seeds_f, ctx.seeds_g = seeds_f, seeds_g
         ctx.leaves = tensors[8 + len(f.sides) + len(g.sides) :]
         ctx.mark_non_differentiable(low_y1, low_y2)
         ctx.set_materialize_grads(False)
@@ -174,7 +105,7 @@ class _Block(torch.autograd.Function):
     def backward(
         ctx: Any, d1: Tensor | None, d2: Tensor | None, _1: None, _2: None, *pair: Tensor
     ) -> tuple[Tensor | None, ...]:
-        assert all(tensor is not None for tensor in pair), "a reversible chain must end in keep() or close_channel()"
+        assert all(tensor is not None for tensor in pair), "a reversible chain must end in one of the closing functions"
         y1, y2, low1, low2 = pair
         record = ctx.saved_tensors[: ctx.num_records]
         d1 = torch.zeros_like(y1) if d1 is None else d1
@@ -184,104 +115,22 @@ class _Block(torch.autograd.Function):
             replace(branch, sides=tuple(side.detach().requires_grad_(side.requires_grad) for side in branch.sides))
             for branch in (ctx.f, ctx.g)
         )
-        parameters = ctx.parameters()
-        if len(parameters) != len(ctx.leaves) or any(p is not q for p, q in zip(parameters, ctx.leaves, strict=True)):
-            raise RuntimeError(
-                "a parameter of a reversible layer was replaced between forward and backward, so the layer cannot be "
-                "run again as it was (torch.func.functional_call does that, too); use reversible=False"
-            )
-        grads = _LeafGradients([*f.sides, *g.sides, *parameters])
-        with ctx.before_g.restore(), giving_seeds(ctx.seeds_g):
-            x2, low2, d1 = _undo(g, None, at=y1, out=y2, low=low2, d_at=d1, d_out=d2, grads=grads)
-        with ctx.before_f.restore(), giving_seeds(ctx.seeds_f):
-            x1, low1, d2 = _undo(f, record, at=x2, out=y1, low=low1, d_at=d2, d_out=d1, grads=grads)
-        return None, None, None, d1, d2, None, None, *_as_ours(x1, x2, low1, low2), *grads.sums
+        grads = LeafGradients([*f.sides, *g.sides, *_unchanged(ctx.parameters(), ctx.leaves)])
+        x2, low2, d1 = undo(g, None, ctx.before_g, Undoing(y1, y2, low2, d1, d2), grads)
+        x1, low1, d2 = undo(f, record, ctx.before_f, Undoing(x2, y1, low1, d2, d1), grads)
+        if ctx.private:
+            as_ours(d1, d2)
+        return None, None, None, None, d1, d2, None, None, *as_ours(x1, x2, low1, low2), *grads.sums
 
 
-@contextlib.contextmanager
-def _without_hooks(leaves: list[Tensor]) -> Iterator[None]:
-    """Silence the tensors' own hooks: they are for the whole gradient, which autograd shows them afterwards."""
-    hooked = [(leaf._backward_hooks, dict(leaf._backward_hooks)) for leaf in leaves if leaf._backward_hooks]
-    for hooks, _ in hooked:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, kept in hooked:
-            hooks.update(kept)
-
-
-class _LeafGradients:
-    """The sums of the gradients of a block's leaves over its branches and their pieces.
-
-    Their memory is taken before the recomputation begins. A gradient outlives the block; one that was allocated among
-    the recomputation's large temporaries would keep the hole that they leave from being used whole again, and the
-    heap would grow by the temporaries' size in every layer.
-    """
-
-    def __init__(self, leaves: list[Tensor]) -> None:
-        self._buffers = [torch.empty_like(leaf) if leaf.requires_grad else None for leaf in leaves]
-        self._touched = [False] * len(leaves)
-        self._wanted = [(index, leaf) for index, leaf in enumerate(leaves) if leaf.requires_grad]
-
-    @property
-    def sums(self) -> list[Tensor | None]:
-        """One gradient per leaf, None where nothing led to it."""
-        return [buffer if touched else None for buffer, touched in zip(self._buffers, self._touched, strict=True)]
-
-    def through(self, out: GradientEdge, x: Tensor, d_out: Tensor) -> Tensor | None:
-        """Add the gradients of the leaves under ``out`` and return the gradient of ``x``."""
-        leaves = [leaf for _, leaf in self._wanted]
-        with _without_hooks(leaves):
-            d_x, *d_leaves = torch.autograd.grad([out], [x, *leaves], [d_out], allow_unused=True)
-        for (index, _), d_leaf in zip(self._wanted, d_leaves, strict=True):
-            buffer = self._buffers[index]
-            if d_leaf is not None and buffer is not None:
-                if self._touched[index]:
-                    buffer.add_(d_leaf)
-                else:
-                    buffer.copy_(d_leaf)
-                self._touched[index] = True
-        return d_x
-
-
-def _as_ours(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Mark tensors that only the block below will see, and may write over."""
-    for tensor in tensors:
-        tensor._ours = True  # type: ignore[attr-defined]
-    return tensors
-
-
-def _undo(
-    branch: Branch,
-    record: Record | None,
-    *,
-    at: Tensor,
-    out: Tensor,
-    low: Tensor,
-    d_at: Tensor,
-    d_out: Tensor,
-    grads: _LeafGradients,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Undo ``out = in + branch(at)``: return ``in``, its low part and the gradient of ``at``, ``d_at`` included."""
-    undone, undone_low = (t if getattr(t, "_ours", False) else lasting_like(t) for t in (out, low))
-    d_undone = lasting_like(d_at)
-    pieces = (branch.split(tensor) for tensor in (at, out, low, d_at, d_out, undone, undone_low, d_undone))
-    for at_, out_, low_, d_at_, d_out_, undone_, undone_low_, d_undone_ in zip(*pieces, strict=True):
-        with torch.enable_grad():
-            leaf = at_.detach().requires_grad_()
-            value, _ = branch.run(leaf, record, *branch.sides)
-        room = (undone_, undone_low_)
-        add_in_pieces(out_, low_, value.detach(), negated=True, out=room, fused=branch.addition)
-        # The graph is entered by its last edge, so that the value itself, not needed again, is gone by then.
-        edge, dtype = get_gradient_edge(value) if value.requires_grad else None, value.dtype
-        del value
-        d_leaf = None if edge is None else grads.through(edge, leaf, d_out_.to(dtype))
-        if d_leaf is None:
-            d_undone_.copy_(d_at_)
-        else:
-            torch.add(d_at_, d_leaf, out=d_undone_)
-    return undone, undone_low, d_undone
+def _unchanged(parameters: list[Tensor], leaves: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return the parameters; raise unless they are those that the forward had."""
+    if len(parameters) != len(leaves) or any(p is not q for p, q in zip(parameters, leaves, strict=True)):
+        raise RuntimeError(
+            "a parameter of a reversible layer was replaced between forward and backward, so the layer cannot be "
+            "run again as it was (torch.func.functional_call does that, too); use reversible=False"
+        )
+    return parameters
 
 
 def _channel_for(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -316,7 +165,9 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d1: Tensor | None, d2: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        return d1, d2, None, None, *ctx.saved_tensors
+        # Views, which no block takes for its own: others have the states that were kept, or asked for their gradients.
+        d1, d2 = (None if d is None else d.view_as(d) for d in (d1, d2))
+        return d1, d2, None, None, *(tensor.view_as(tensor) for tensor in ctx.saved_tensors)
 
 
 class _Close(torch.autograd.Function):
@@ -335,16 +186,102 @@ class _Close(torch.autograd.Function):
         both, low1, low2 = ctx.saved_tensors
         # Copies, so that what is stored is free while the chain is walked back.
         pair = [lasting_like(tensor).copy_(tensor) for tensor in (*both.chunk(2, dim=-1), low1, low2)]
-        return *d_both.chunk(2, dim=-1), None, None, *_as_ours(*pair)
+        return *d_both.chunk(2, dim=-1), None, None, *as_ours(*pair)
 
 
-def open_channel(streams: Streams) -> Streams:
-    """Start a reversible chain at ``streams``, which must have low parts."""
+@dataclass(frozen=True)
+class Summing:
+    """What is summed over positions at the end of a chain, some of them at a time.
+
+    Attributes:
+        run: ``run(both, start)`` returns the sum for the positions of ``both`` ``[B, t, 2E]``, the first of which is
+            number ``start``.
+        parameters: lists, at any time in the same order, the tensors inside ``run`` that may want gradients.
+        piece: positions at a time.
+        length: how many positions count; those beyond are left out.
+    """
+
+    run: Callable[[Tensor, int], Tensor]
+    parameters: Callable[[], list[Tensor]]
+    piece: int
+    length: int
+
+    def pieces(self, *tensors: Tensor) -> list[tuple[int, tuple[Tensor, ...]]]:
+        """Return views of the tensors' positions that go one at a time, and where they start."""
+        starts = range(0, self.length, self.piece)
+        return [(at, tuple(x[:, at : min(at + self.piece, self.length)] for x in tensors)) for at in starts]
+
+    def total(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """Return the sum."""
+        return torch.stack([self.run(torch.cat(pair, dim=-1), at) for at, pair in self.pieces(x1, x2)]).sum()
+
+
+class _Sum(torch.autograd.Function):
+    """Sum something over positions; the pair is stored, and nothing of the sum: each piece is run again."""
+
+    @staticmethod
+    def forward(ctx: Any, summing: Summing, private: bool, *tensors: Tensor) -> Tensor:
+        y1, y2 = tensors[:2]
+        ctx.summing, ctx.private, ctx.leaves = summing, private, tensors[8:]
+        ctx.owned = all(map(is_ours, tensors[:4]))
+        ctx.before = Surroundings.capture(y1.device)
+        with ctx.before.first():
+            total = summing.total(y1, y2)
+        ctx.save_for_backward(*tensors[:4], *tensors[8:])
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        begin_walk()
+        pair = ctx.saved_tensors[:4]
+        y1, y2 = pair[:2]
+        d1, d2 = (lasting_like(y) for y in (y1, y2))
+        for d in (d1, d2):
+            d[:, ctx.summing.length :] = 0
+        grads = LeafGradients(_unchanged(ctx.summing.parameters(), ctx.leaves))
+        with ctx.before.restore():
+            for at, (y1_, y2_, d1_, d2_) in ctx.summing.pieces(y1, y2, d1, d2):
+                with torch.enable_grad():
+                    leaf = torch.cat([y1_, y2_], dim=-1).detach().requires_grad_()
+                    part = ctx.summing.run(leaf, at)
+                (d_leaf,) = grads.through([get_gradient_edge(part)], [leaf], [d_total.to(part.dtype)])
+                assert d_leaf is not None, "what is summed depends on the streams"
+                for d_, half in zip((d1_, d2_), d_leaf.chunk(2, dim=-1), strict=True):
+                    d_.copy_(half)
+        if ctx.owned and _is_last_use(ctx):
+            handed = tuple(map(same_memory, pair))
+        else:
+            # Copies, so that what is stored outlives the walk, for another one or for whoever else has it.
+            handed = tuple(lasting_like(tensor).copy_(tensor) for tensor in pair)
+        if ctx.private:
+            as_ours(d1, d2)
+        return None, None, d1, d2, None, None, *as_ours(*handed), *grads.sums
+
+
+def _is_last_use(ctx: Any) -> bool:
+    """Whether autograd gives up what was saved after this backward (``retain_graph=False``)."""
+    clear = getattr(ctx, "maybe_clear_saved_tensors", None)
+    if clear is None:
+        return False
+    clear()
+    try:
+        return ctx.saved_tensors is None
+    except RuntimeError:
+        return True
+
+
+def open_channel(streams: Streams, *, private: bool = False) -> Streams:
+    """Start a reversible chain at ``streams``, which must have low parts.
+
+    ``private`` promises that nobody but the chain's blocks (and :func:`keep`) reads or keeps a stream inside it, or a
+    stream's gradient: no hook, no caller. Then a chain needs the memory of half as many streams.
+    """
     assert streams.low1 is not None and streams.low2 is not None, "start(x, exact=True) comes first"
     begin_walk()
     token = torch.zeros((), device=streams.x1.device, requires_grad=True)
     x1, x2, *channel = _Open.apply(*streams[:4], token)
-    return Streams(x1, x2, streams.low1, streams.low2, tuple(channel))
+    return Streams(x1, x2, streams.low1, streams.low2, tuple(channel), private)
 
 
 def reversible_block(f: Branch, g: Branch, streams: Streams, parameters: Callable[[], list[Tensor]]) -> Streams:
@@ -355,9 +292,11 @@ def reversible_block(f: Branch, g: Branch, streams: Streams, parameters: Callabl
     """
     assert streams.channel is not None, "open_channel() comes first"
     y1, y2, low1, low2, *channel = _Block.apply(
-        f, g, parameters, *streams[:4], *streams.channel, *f.sides, *g.sides, *parameters()
+        f, g, parameters, streams.private, *streams[:4], *streams.channel, *f.sides, *g.sides, *parameters()
     )
-    return Streams(y1, y2, low1, low2, tuple(channel))
+    if streams.private:
+        as_ours(y1, y2, low1, low2)
+    return Streams(y1, y2, low1, low2, tuple(channel), streams.private)
 
 
 def plain_block(f: Branch, g: Branch, streams: Streams) -> tuple[Streams, Record]:
@@ -372,7 +311,8 @@ def keep(streams: Streams) -> Streams:
     """Store the pair at this point of a chain. A loss may then use ``x1`` and ``x2`` of the result."""
     assert streams.channel is not None, "open_channel() comes first"
     y1, y2, *channel = _Keep.apply(*streams[:4], *streams.channel)
-    return Streams(y1, y2, streams.low1, streams.low2, tuple(channel))
+    low1, low2 = (None if low is None else low.view_as(low) for low in (streams.low1, streams.low2))
+    return Streams(y1, y2, low1, low2, tuple(channel), streams.private)
 
 
 def close_channel(streams: Streams) -> Tensor:
@@ -381,3 +321,11 @@ def close_channel(streams: Streams) -> Tensor:
     both: Tensor = _Close.apply(*streams[:4], *streams.channel)
     end_walk()
     return both
+
+
+def close_with_sum(streams: Streams, summing: Summing) -> Tensor:
+    """End a chain: return a sum over the positions of ``[y1 ; y2]``, which never exists as a whole."""
+    assert streams.channel is not None, "open_channel() comes first"
+    total: Tensor = _Sum.apply(summing, streams.private, *streams[:4], *streams.channel, *summing.parameters())
+    end_walk()
+    return total

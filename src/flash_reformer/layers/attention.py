@@ -6,13 +6,14 @@ Letters: B batch, T positions, E hidden size, H heads, D head size, R rounds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flash_reformer import functional
+from flash_reformer.branches import Record
 from flash_reformer.layers.call import Call
 from flash_reformer.layers.decode_step import SHARED_BLOCK, WINDOW_BLOCK, Span, Step
 from flash_reformer.layers.decode_storage import Fill, ordinary_tensors
@@ -20,7 +21,7 @@ from flash_reformer.layers.linear import Dropout, Linear
 from flash_reformer.layers.local_state import LocalState
 from flash_reformer.layers.lsh_state import LSHState
 from flash_reformer.layers.norm import LayerNorm
-from flash_reformer.reversible import Record
+from flash_reformer.layers.watched import is_watched
 
 
 def _fits_one_chunk(length: int, chunk_length: int | None, call: Call) -> bool:
@@ -75,7 +76,8 @@ class LSHSelfAttention(nn.Module):
         self.query_key = Linear(config.hidden_size, all_head_size, bias=False)
         self.value = Linear(config.hidden_size, all_head_size, bias=False)
 
-    def _project(self, hidden_BTE: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, hidden_BTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return shared queries and keys, and values, ``[B, T, H, D]`` each. Every position is by itself."""
         heads = (self.num_attention_heads, self.attention_head_size)
         return self.query_key(hidden_BTE).unflatten(-1, heads), self.value(hidden_BTE).unflatten(-1, heads)
 
@@ -95,11 +97,17 @@ class LSHSelfAttention(nn.Module):
         self, hidden_BTE: Tensor, call: Call, head_mask_H: Tensor | None = None, record: Record | None = None
     ) -> tuple[Tensor, Record]:
         """Return ``[B, T, H*D]`` and the buckets, which a recomputation passes back as ``record``."""
-        qk_BTHD, v_BTHD = self._project(hidden_BTE)
+        return self.mix(self.project(hidden_BTE), call, head_mask_H, record)
+
+    def mix(
+        self, projected: Sequence[Tensor], call: Call, head_mask_H: Tensor | None, record: Record | None
+    ) -> tuple[Tensor, Record]:
+        """Do what :meth:`forward` does with what :meth:`project` has returned."""
+        qk_BTHD, v_BTHD = projected
         dropout = call.dropout(self.dropout, self.layer_idx, self.training)
         # Only the forward fills a cache, not its recomputation.
         fill = call.fill if record is None else None
-        if _fits_one_chunk(hidden_BTE.shape[1], self.chunk_length, call):
+        if _fits_one_chunk(qk_BTHD.shape[1], self.chunk_length, call):
             if fill is not None:
                 self._fill(fill, qk_BTHD, v_BTHD, None, None, call)
             out_BTHD, _ = functional.exact_attention(
@@ -148,7 +156,7 @@ class LSHSelfAttention(nn.Module):
 
     def decode(self, hidden_BTE: Tensor, step: Step, state: LSHState, head_mask_H: Tensor | None = None) -> Tensor:
         """Return ``[B, T, H*D]`` for new tokens; the state grows by them."""
-        qk_BTHD, v_BTHD = self._project(hidden_BTE)
+        qk_BTHD, v_BTHD = self.project(hidden_BTE)
         state.append(functional.normalize_keys(qk_BTHD), v_BTHD, step)
 
         def attend(span: Span, start: int, stop: int, query_BMHD: Tensor) -> Tensor:
@@ -195,7 +203,7 @@ class LSHSelfAttention(nn.Module):
 
     def probs(self, hidden_BTE: Tensor, call: Call, head_mask_H: Tensor | None, record: Record) -> Tensor:
         """Return this call's attention probabilities: ``[B, H, N, C, W]`` in sorted order, or ``[B, H, T, T]``."""
-        qk_BTHD, _ = self._project(hidden_BTE)
+        qk_BTHD, _ = self.project(hidden_BTE)
         if not record:
             probs, _ = functional.exact_probs(
                 qk_BTHD, functional.normalize_keys(qk_BTHD), call.mask_BT, causal=self.causal, exclude_self=True
@@ -238,14 +246,25 @@ class LocalSelfAttention(nn.Module):
         self, hidden_BTE: Tensor, call: Call, head_mask_H: Tensor | None = None, record: Record | None = None
     ) -> tuple[Tensor, Record]:
         """Return ``[B, T, H*D]`` and an empty record: nothing here is decided twice."""
+        return self.mix(self.project(hidden_BTE), call, head_mask_H, record)
+
+    def project(self, hidden_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, ``[B, T, H, D]`` each. Every position is by itself."""
         query, key, value = (self._split_heads(p(hidden_BTE)) for p in (self.query, self.key, self.value))
+        return query, key, value
+
+    def mix(
+        self, projected: Sequence[Tensor], call: Call, head_mask_H: Tensor | None, record: Record | None
+    ) -> tuple[Tensor, Record]:
+        """Do what :meth:`forward` does with what :meth:`project` has returned."""
+        query, key, value = projected
         options: dict[str, Any] = {**call.dropout(self.dropout, self.layer_idx, self.training), "backend": call.backend}
         if call.fill is not None and record is None:
             scaled = key.detach() / math.sqrt(self.attention_head_size)
             state: Any = call.fill.states[self.layer_idx]
             with ordinary_tensors():
                 state.fill(scaled, value, call.fill)
-        if _fits_one_chunk(hidden_BTE.shape[1], self.chunk_length, call):
+        if _fits_one_chunk(query.shape[1], self.chunk_length, call):
             key = key / math.sqrt(self.attention_head_size)
             out_BTHD, _ = functional.exact_attention(
                 query, key, value, call.mask_BT, head_mask_H, causal=self.causal, **options
@@ -258,7 +277,7 @@ class LocalSelfAttention(nn.Module):
 
     def decode(self, hidden_BTE: Tensor, step: Step, state: LocalState, head_mask_H: Tensor | None = None) -> Tensor:
         """Return ``[B, T, H*D]`` for new tokens; the state goes on by them."""
-        query, key, value = (self._split_heads(p(hidden_BTE)) for p in (self.query, self.key, self.value))
+        query, key, value = self.project(hidden_BTE)
         state.append(key / math.sqrt(self.attention_head_size), value, step)
 
         def attend(span: Span, start: int, stop: int, query_BMHD: Tensor) -> Tensor:
@@ -320,6 +339,8 @@ class ReformerAttention(nn.Module):
         self.layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attention = kinds[config.attn_layers[layer_id]](config, layer_id)
         self.output = ReformerSelfOutput(config)
+        #: Numbers per position of the widest tensor between the parts of this branch.
+        self.widest: int = max(config.hidden_size, config.num_attention_heads * config.attention_head_size)
 
     def forward(
         self, hidden_BTE: Tensor, call: Call, head_mask_H: Tensor | None = None, record: Record | None = None
@@ -327,6 +348,31 @@ class ReformerAttention(nn.Module):
         """Return the branch's output ``[B, T, E]`` and the record that a recomputation passes back."""
         attended, record = self.self_attention(self.layer_norm(hidden_BTE), call, head_mask_H, record)
         return self.output(attended), record
+
+    # The same in three parts, for inputs that are too long to go at once.
+
+    def enter(self, hidden_BTE: Tensor) -> tuple[Tensor, ...]:
+        """Return the projections ``[B, T, H, D]``; every position is by itself."""
+        projections: tuple[Tensor, ...] = self.self_attention.project(self.layer_norm(hidden_BTE))
+        return projections
+
+    def mix(
+        self, projected: Sequence[Tensor], call: Call, head_mask_H: Tensor | None, record: Record | None
+    ) -> tuple[Tensor, Record]:
+        """Return ``[B, T, H*D]``, where positions meet, and the record."""
+        mixed: tuple[Tensor, Record] = self.self_attention.mix(projected, call, head_mask_H, record)
+        return mixed
+
+    def leave(self, attended_BTX: Tensor) -> Tensor:
+        """Return the branch's output ``[B, T, E]``; every position is by itself."""
+        out_BTE: Tensor = self.output(attended_BTX)
+        return out_BTE
+
+    def is_watched(self) -> bool:
+        """Whether somebody has hooks here that the three parts would pass by, or other attention in this place."""
+        kinds = (kind for kind in (LSHSelfAttention, LocalSelfAttention) if isinstance(self.self_attention, kind))
+        kind = next(kinds, None)
+        return kind is None or is_watched(self.self_attention, kind) or is_watched(self, ReformerAttention)
 
     def probs(self, hidden_BTE: Tensor, call: Call, head_mask_H: Tensor | None, record: Record) -> Tensor:
         """Return the attention probabilities that the forward with this record used."""

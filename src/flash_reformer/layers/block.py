@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from flash_reformer import functional
+from flash_reformer.branches import Branch, Parts, Record
 from flash_reformer.layers.attention import ReformerAttention
 from flash_reformer.layers.call import Call
 from flash_reformer.layers.decode_step import Step
 from flash_reformer.layers.linear import Dropout, Linear, check_capture
 from flash_reformer.layers.norm import LayerNorm
-from flash_reformer.reversible import Branch, Record, Streams, plain_block, reversible_block
+from flash_reformer.reversible import Streams, plain_block, reversible_block
 
 
 class ReformerFeedForwardDense(nn.Module):
@@ -100,6 +101,20 @@ def _check_sharding(layer: nn.Module) -> None:
             )
 
 
+def _piece(x_BTE: Tensor, width: int, wanted: int) -> int:
+    """Return how many positions go at once through what makes ``width`` numbers of each; 0 for all of them.
+
+    Where the configuration does not say (``wanted`` is 0), many positions go in pieces. On a CPU, fresh memory for
+    wide activations costs more than the products that fill it; elsewhere they would take most of a step's memory.
+    """
+    if wanted or torch.compiler.is_compiling():
+        return wanted
+    B, T, _ = x_BTE.shape
+    wide = _WIDE_ENOUGH if x_BTE.device.type == "cpu" else _WIDE_ON_DEVICE
+    pieces = B * T * width // wide
+    return -(-T // pieces) if pieces > 1 else 0
+
+
 class ReformerLayer(nn.Module):
     """``y1 = x1 + Attention(x2)``, ``y2 = x2 + FeedForward(y1)`` (Reformer, section 3)."""
 
@@ -122,23 +137,25 @@ class ReformerLayer(nn.Module):
             with _in_modes(modes):
                 return self.feed_forward(x), ()
 
+        def mix(entered: list[Tensor], record: Record | None, head_mask_H: Tensor | None = None) -> Any:
+            with _in_modes(modes):
+                return self.attention.mix(entered, call, head_mask_H, record)
+
+        def enter(x: Tensor) -> tuple[Tensor, ...]:
+            with _in_modes(modes):
+                return self.attention.enter(x)
+
+        def leave(mixed: Tensor) -> Tensor:
+            with _in_modes(modes):
+                return self.attention.leave(mixed)
+
         sides = () if head_mask_H is None else (head_mask_H,)
         addition = functional.stream_addition(x1, call.backend)
-        chunk_size = self._chunk_size(x1)
-        return Branch(run_attention, sides, 0, addition), Branch(run_feed_forward, (), chunk_size, addition)
-
-    def _chunk_size(self, x_BTE: Tensor) -> int:
-        """Return how many positions go through the feed-forward branch at once; 0 for all.
-
-        Where the configuration leaves it open, many positions go in pieces. On a CPU, fresh memory for their wide
-        activations costs more than the products that fill it; elsewhere they would take most of a step's memory.
-        """
-        if self.chunk_size_feed_forward or torch.compiler.is_compiling():
-            return self.chunk_size_feed_forward
-        B, T, _ = x_BTE.shape
-        wide = _WIDE_ENOUGH if x_BTE.device.type == "cpu" else _WIDE_ON_DEVICE
-        pieces = B * T * self.feed_forward_size // wide
-        return -(-T // pieces) if pieces > 1 else 0
+        whole = self.attention.is_watched()
+        size = 0 if whole else _piece(x1, self.attention.widest, 0)
+        attention = Branch(run_attention, sides, size, addition, None if whole else Parts(enter, mix, leave))
+        size = _piece(x1, self.feed_forward_size, self.chunk_size_feed_forward)
+        return attention, Branch(run_feed_forward, (), size, addition)
 
     def forward(
         self, streams: Streams, call: Call, head_mask_H: Tensor | None = None, with_probs: bool = False

@@ -4,17 +4,52 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flash_reformer.layers.block import ReformerLayer
 from flash_reformer.layers.call import Call
 from flash_reformer.layers.decode_step import Step
 from flash_reformer.layers.linear import Dropout
 from flash_reformer.layers.norm import LayerNorm
-from flash_reformer.reversible import Streams, close_channel, keep, open_channel, start
+from flash_reformer.layers.watched import is_watched, keeps_to_itself
+from flash_reformer.reversible import Streams, Summing, close_channel, close_with_sum, keep, open_channel, start
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What a head makes of the last hidden state: a sum over positions, taken over some of them at a time.
+
+    Attributes:
+        run: ``run(hidden, start)`` returns the sum for ``hidden`` ``[B, t, 2E]``, whose first position is ``start``.
+        parameters: lists the head's parameters, always in the same order.
+        piece: positions at a time.
+        length: how many positions count; pads come after them.
+    """
+
+    run: Callable[[Tensor, int], Tensor]
+    parameters: Callable[[], list[Tensor]]
+    piece: int
+    length: int
+
+    def total(self, hidden_BTX: Tensor) -> Tensor:
+        """Return the sum for hidden states ``[B, T, 2E]``. Each piece is run again for its gradient."""
+        sums = []
+        for at in range(0, self.length, self.piece):
+            piece = hidden_BTX[:, at : min(at + self.piece, self.length)]
+            sums.append(self.run_again(piece, at))
+        return torch.stack(sums).sum()
+
+    def run_again(self, hidden_BTX: Tensor, start: int) -> Tensor:
+        """Do what ``run`` does, and again for the gradient, so that nothing inside of it is stored."""
+        if not torch.is_grad_enabled():
+            return self.run(hidden_BTX, start)
+        result: Tensor = checkpoint(self.run, hidden_BTX, start, use_reentrant=False, preserve_rng_state=False)
+        return result
 
 
 class ReformerEncoder(nn.Module):
@@ -58,15 +93,18 @@ class ReformerEncoder(nn.Module):
         head_masks: list[Tensor | None],
         output_hidden_states: bool,
         output_attentions: bool,
+        judge: Judge | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Return the normalised concatenation ``[B, T, 2E]`` and, if asked for, states and attention probabilities.
+
+        With a ``judge`` its sum comes in place of the former, which never exists as a whole then.
 
         Compilers take the stack whole in evaluation, where it runs by plain autograd. In training they leave it as it
         is: reversible blocks are autograd functions that run layers again.
         """
         if torch.compiler.is_compiling() and self.training and self.reversible and not output_attentions:
-            return self._forward_as_it_is(embeds_BTE, call, head_masks, output_hidden_states, output_attentions)
-        return self._forward(embeds_BTE, call, head_masks, output_hidden_states, output_attentions)
+            return self._forward_as_it_is(embeds_BTE, call, head_masks, output_hidden_states, output_attentions, judge)
+        return self._forward(embeds_BTE, call, head_masks, output_hidden_states, output_attentions, judge)
 
     @torch.compiler.disable
     def _forward_as_it_is(self, *arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -79,6 +117,7 @@ class ReformerEncoder(nn.Module):
         head_masks: list[Tensor | None],
         output_hidden_states: bool,
         output_attentions: bool,
+        judge: Judge | None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         # Low parts serve whoever rebuilds a stream; plain autograd gets them too, to have the same values.
         # An exported program rebuilds nothing, and would carry switches of autograd that torch cannot load.
@@ -93,18 +132,35 @@ class ReformerEncoder(nn.Module):
                 streams = keep(streams) if streams.channel is not None else streams
                 states.append(streams.x2)
             if reversible and streams.channel is None and layer.wants_gradients(streams, head_mask_H):
-                streams = open_channel(streams)
+                private = all(keeps_to_itself(each) and not is_watched(each, ReformerLayer) for each in layers)
+                streams = open_channel(streams, private=private)
             streams, layer_probs = self._run_layer(layer, streams, call, head_mask_H, output_attentions)
             if layer_probs is not None:
                 probs.append(layer_probs)
         if output_hidden_states:
             streams = keep(streams) if streams.channel is not None else streams
             states.append(streams.x2)
+        if judge is not None:
+            return self._sum(streams, judge), states, probs
         if streams.channel is not None:
             both_BTX = close_channel(streams)
         else:
             both_BTX = torch.cat([streams.x1, streams.x2], dim=-1)
         return self.dropout(self.layer_norm(both_BTX)), states, probs
+
+    def _sum(self, streams: Streams, judge: Judge) -> Tensor:
+        judged = judge.run_again if streams.channel is None else judge.run
+
+        def run(both_BTX: Tensor, start: int) -> Tensor:
+            return judged(self.dropout(self.layer_norm(both_BTX)), start)
+
+        def parameters() -> list[Tensor]:
+            return [*self.layer_norm.parameters(), *judge.parameters()]
+
+        summing = Summing(run, parameters, judge.piece, judge.length)
+        if streams.channel is None:
+            return summing.total(streams.x1, streams.x2)
+        return close_with_sum(streams, summing)
 
     def decode(
         self,

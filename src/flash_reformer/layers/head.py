@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from flash_reformer.layers.encoder import Judge
 from flash_reformer.layers.linear import Dropout, Linear
 
 
@@ -31,23 +31,13 @@ class ReformerOnlyLMHead(nn.Module):
             return self._project(hidden_BTX)
         return torch.cat([self._project(chunk) for chunk in hidden_BTX.split(self.chunk_size_lm_head, dim=1)], dim=1)
 
-    def loss_sum(
-        self, hidden_BTX: Tensor, labels_BT: Tensor, loss: Callable[[Tensor, Tensor], Tensor], chunk_size: int
-    ) -> Tensor:
-        """Return the sum of ``loss(logits, labels)`` without ever holding more than one chunk of logits.
+    def judge(self, targets_BT: Tensor, loss: Callable[[Tensor, Tensor], Tensor], chunk_size: int) -> Judge:
+        """Return what makes the sum of ``loss(logits, targets)`` without ever holding more than a chunk of logits."""
 
-        Each chunk's logits are made again for its gradient.
-        """
+        def run(hidden_BTX: Tensor, start: int) -> Tensor:
+            return loss(self._project(hidden_BTX), targets_BT[:, start : start + hidden_BTX.shape[1]])
 
-        def chunk_loss(hidden: Tensor, labels: Tensor) -> Tensor:
-            return loss(self._project(hidden), labels)
-
-        pairs = zip(hidden_BTX.split(chunk_size, dim=1), labels_BT.split(chunk_size, dim=1), strict=True)
-        losses = [
-            checkpoint(chunk_loss, hidden, labels, use_reentrant=False, preserve_rng_state=False)
-            for hidden, labels in pairs
-        ]
-        return torch.stack(losses).sum()
+        return Judge(run, lambda: list(self.parameters()), chunk_size, targets_BT.shape[1])
 
 
 class ReformerClassificationHead(nn.Module):

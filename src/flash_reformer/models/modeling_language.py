@@ -15,6 +15,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import MaskedLMOutput
 
 from flash_reformer.functional import IGNORE_INDEX, cross_entropy_sum
+from flash_reformer.layers.encoder import Judge
 from flash_reformer.layers.head import ReformerOnlyLMHead
 from flash_reformer.layers.linear import set_backend
 from flash_reformer.models.configuration_reformer import ReformerConfig, check_consistency
@@ -116,6 +117,9 @@ class ReformerModelWithLMHead(CachedGeneration, _LanguageModel, GenerationMixin)
                 raise ValueError("logits_to_keep must be 0 where labels are given: the loss needs every position")
         elif not return_logits:
             raise ValueError("return_logits=False needs labels: there would be nothing to return")
+        judge = None
+        if not return_logits and labels is not None and isinstance(words, Tensor):
+            judge = self._judge(words, labels)
         outputs = self.reformer(
             input_ids,
             attention_mask,
@@ -130,28 +134,31 @@ class ReformerModelWithLMHead(CachedGeneration, _LanguageModel, GenerationMixin)
             output_attentions,
             return_dict=True,
             past_key_values=past_key_values,
+            judge=judge,
         )
         hidden_BTX = outputs.last_hidden_state
-        logits = self.lm_head(_keep_positions(hidden_BTX, logits_to_keep)) if return_logits else None
+        logits = self.lm_head(_keep_positions(hidden_BTX, logits_to_keep)) if judge is None else None
         loss = None
         if labels is not None:
             targets = labels[:, 1:]
-            judge = functools.partial(cross_entropy_sum, backend=self.backend)
-            if logits is not None:
-                total = judge(logits[:, :-1], targets)
-            else:
-                chunk = self.config.chunk_size_lm_head or _loss_chunk(hidden_BTX, self.config.vocab_size)
-                total = self.lm_head.loss_sum(hidden_BTX[:, :-1], targets, judge, chunk)
+            total = hidden_BTX if logits is None else cross_entropy_sum(logits[:, :-1], targets, backend=self.backend)
             loss = mean_loss(total, (targets != IGNORE_INDEX).sum(), num_items_in_batch)
         cache = outputs.past_buckets_states
         output = ReformerModelWithLMHeadOutput(loss, logits, cache, **extras(outputs))
         return finish(output, return_dict, self.config)
 
+    def _judge(self, words: Tensor, labels: Tensor) -> Judge:
+        """Return what makes the summed loss of the last hidden state; its last position has nothing to predict."""
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        loss = functools.partial(cross_entropy_sum, backend=self.backend)
+        chunk = self.config.chunk_size_lm_head or _loss_chunk(words, self.config.vocab_size)
+        return self.lm_head.judge(targets, loss, chunk)
 
-def _loss_chunk(hidden_BTX: Tensor, vocab_size: int) -> int:
-    if hidden_BTX.device.type != "cuda":
+
+def _loss_chunk(words: Tensor, vocab_size: int) -> int:
+    if words.device.type != "cuda":
         return LOSS_CHUNK
-    return max(LOSS_CHUNK, _LOGITS_ON_GPU // (hidden_BTX.shape[0] * vocab_size))
+    return max(LOSS_CHUNK, _LOGITS_ON_GPU // (words.shape[0] * vocab_size))
 
 
 def _check_alone(*others: Any) -> None:

@@ -16,7 +16,7 @@ from flash_reformer.layers.attention import ReformerAttention
 from flash_reformer.layers.call import Call
 from flash_reformer.layers.decode_storage import Fill
 from flash_reformer.layers.embeddings import ReformerEmbeddings
-from flash_reformer.layers.encoder import ReformerEncoder
+from flash_reformer.layers.encoder import Judge, ReformerEncoder
 from flash_reformer.layers.head import ReformerOnlyLMHead
 from flash_reformer.models import inputs as door
 from flash_reformer.models.cache import ReformerCache
@@ -213,10 +213,12 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
         fill: Fill | None = None,
         with_states: bool = False,
         with_probs: bool = False,
+        judge: Judge | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """Run the stack; return hidden states ``[B, T, 2E]`` and what was asked for, at the caller's length.
 
-        ``factors`` of the bucket count follow the length if they are None.
+        ``factors`` of the bucket count follow the length if they are None. With a ``judge`` its sum comes in place of
+        the hidden states.
         """
         config, T = self.config, inputs.length
         exact_below = self._exact_below(num_hashes)
@@ -234,9 +236,9 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
             fill=fill,
         )
         head_masks = [None] * config.num_hidden_layers if head_masks is None else head_masks
-        hidden_BTX, states, probs = self.encoder(embeds_BTE, call, head_masks, with_states, with_probs)
+        hidden_BTX, states, probs = self.encoder(embeds_BTE, call, head_masks, with_states, with_probs, judge)
         return (
-            _crop(hidden_BTX, T),
+            _crop(hidden_BTX, T) if judge is None else hidden_BTX,
             # Without pads the very tensors of the chain, so that gradients can be asked for with respect to them.
             tuple(s if length == T else _crop(s, T) for s in states) if with_states else None,
             tuple(_crop_probs(p, T) for p in probs) if with_probs else None,
@@ -271,6 +273,7 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
         return_dict: bool | None = None,
         *,
         past_key_values: Any | None = None,
+        judge: Judge | None = None,
     ) -> tuple[Any, ...] | ReformerModelOutput:
         """Encode a batch of any length up to the position tables' size.
 
@@ -293,6 +296,8 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
                 from a filled cache have none to show.
             return_dict: False returns a tuple, without the fields that are None.
             past_key_values: the same as ``past_buckets_states``.
+            judge: what a head sums over positions; its sum is returned as ``last_hidden_state``, which itself never
+                exists then. Heads of this package use it where nothing else of that state is wanted.
 
         Raises:
             ValueError, TypeError: for input that does not fit, naming the parameter. Values of ids, positions and
@@ -317,12 +322,13 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
             if output_attentions:
                 raise ValueError("output_attentions must be False with a filled cache: a step has no chunks to show")
             hidden_BTX, stepped = self.step_cache(cache, inputs, num_hashes, head_masks, with_states)
+            hidden_BTX = hidden_BTX if judge is None else judge.total(hidden_BTX)
             output = ReformerModelOutput(hidden_BTX, cache, tuple(stepped) if with_states else None)
             return output if return_dict else output.to_tuple()
 
         cache = self._new_cache(use_cache) if cache is None else cache
         rounds = config.num_hashes if num_hashes is None else num_hashes
-        flags: dict[str, Any] = {"with_states": with_states, "with_probs": with_probs}
+        flags: dict[str, Any] = {"with_states": with_states, "with_probs": with_probs, "judge": judge}
         if cache is None:
             hidden_BTX, states, probs = self._encode(inputs, rounds, self._draw_seed(), head_masks, **flags)
         else:

@@ -210,14 +210,14 @@ def attend_backward(
     query_XD: Tensor,
     key_XD: Tensor,
     value_XD: Tensor,
-    out_XD: Tensor,
+    delta_X: Tensor,
     lse_X: Tensor,
     weights_GNC: Tensor | None,
     rings: Rings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, keys and values; with shared keys the first two are one tensor, their sum.
 
-    With ``delta = rowsum(dO * O)`` every round's probabilities are parts of one softmax: ``P = w * softmax(s)`` and
+    With ``delta_X = rowsum(dO * O)`` every round's probabilities are parts of one softmax: ``P = w * softmax(s)`` and
     ``dS = P * (m * dO v - delta)``, where w is the round's weight for that row (None: there is one round) and m
     dropout's factor. As w belongs to a row, it is applied to rows. ``lse_X`` is the log-sum-exp over all rounds.
     """
@@ -227,7 +227,6 @@ def attend_backward(
     d_query_XD = buffers.zeros(tuple(query_XD.shape), lse_X.dtype)
     d_key_XD = d_query_XD if rings.shared else buffers.zeros(tuple(key_XD.shape), lse_X.dtype)
     d_value_XD = buffers.zeros(tuple(value_XD.shape), lse_X.dtype)
-    delta_X = row_dots(d_out_XD, out_XD, lse_X.dtype)
     # Scores that were set are constants. Where such a score weighs anything, all of its row were set.
     constant = constant_below(exclude_self=rings.rules.exclude_self)
     alive_X = (lse_X >= constant).to(lse_X.dtype)
@@ -261,9 +260,3 @@ def attend_backward(
         d_key_YD = slab.fold(d_key_nWD, room("folded", num_chunks, C, D)).flatten(0, 1)
         operands.around.add(d_key_XD, operands.key_gradient(d_key_YD))
     return d_query_XD, d_key_XD, d_value_XD
-
-
-def row_dots(x_XD: Tensor, y_XD: Tensor, dtype: torch.dtype, block: int = 2**13) -> Tensor:
-    """Return the dot product of every row of one matrix with that of the other, without a product of their size."""
-    dots = [(x.to(dtype) * y.to(dtype)).sum(-1) for x, y in zip(x_XD.split(block), y_XD.split(block), strict=True)]
-    return torch.cat(dots)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_reformer.kernels.cpu._deltas import saved_with_delta
 from flash_reformer.kernels.cpu._exact import Exact, attend_exactly, attend_exactly_backward
 from flash_reformer.kernels.cpu._rings import Rings, attend, attend_backward
 from flash_reformer.kernels.cpu._scores import FORBIDDEN_SCORE, MOST_POSITIONS, Facts, Rules, marks
@@ -105,7 +106,7 @@ def _(qk_BTHD: Tensor, v_BTHD: Tensor, sorted_positions_BHRT: Tensor, *_: Any) -
 @torch.library.custom_op("flash_reformer::cpu_lsh_attention_backward", mutates_args=())
 def _lsh_backward(
     d_out_BTHD: Tensor,
-    out_BTHD: Tensor,
+    delta_X: Tensor,
     lse_BHRT: Tensor,
     qk_BTHD: Tensor,
     v_BTHD: Tensor,
@@ -130,13 +131,13 @@ def _lsh_backward(
     weights = None
     if lse_BHRT.shape[2] > 1:
         weights = torch.softmax(lse_BHRT, dim=2).gather(-1, sorted_positions_BHRT).reshape(rings.rows_GNC.shape)
-    given = (qk_XD, qk_XD, _flat(v_BTHD), _flat(out_BTHD), lse_X, weights)
+    given = (qk_XD, qk_XD, _flat(v_BTHD), delta_X, lse_X, weights)
     d_qk_XD, _, d_v_XD = attend_backward(_flat(d_out_BTHD), *given, rings)
     return d_qk_XD.view(qk_BTHD.shape).to(qk_BTHD.dtype), d_v_XD.view(v_BTHD.shape).to(v_BTHD.dtype)
 
 
 @_lsh_backward.register_fake
-def _(d_out_BTHD: Tensor, out_BTHD: Tensor, lse_BHRT: Tensor, qk_BTHD: Tensor, v_BTHD: Tensor, *_: Any) -> Any:
+def _(d_out_BTHD: Tensor, delta_X: Tensor, lse_BHRT: Tensor, qk_BTHD: Tensor, v_BTHD: Tensor, *_: Any) -> Any:
     return qk_BTHD.new_empty(qk_BTHD.shape), v_BTHD.new_empty(v_BTHD.shape)
 
 
@@ -146,7 +147,7 @@ def _remember_lsh(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _lsh_gradients(ctx: Any, d_out_BTHD: Tensor, _: Any) -> tuple[Any, ...]:
-    d_qk, d_v = _lsh_backward(d_out_BTHD, *ctx.saved_tensors, *ctx.options)
+    d_qk, d_v = _lsh_backward(d_out_BTHD, *saved_with_delta(ctx, d_out_BTHD), *ctx.options)
     return d_qk, d_v, *[None] * (4 + len(ctx.options))
 
 
@@ -244,7 +245,7 @@ def _(query_BTHD: Tensor, key_BTHD: Tensor, v_BTHD: Tensor, *_: Any) -> tuple[Te
 @torch.library.custom_op("flash_reformer::cpu_local_attention_backward", mutates_args=())
 def _local_backward(
     d_out_BTHD: Tensor,
-    out_BTHD: Tensor,
+    delta_X: Tensor,
     lse_BHT: Tensor,
     query_BTHD: Tensor,
     key_BTHD: Tensor,
@@ -261,7 +262,7 @@ def _local_backward(
     window = Window(chunk_length, num_chunks_before, num_chunks_after, wrap_around)
     rings = _local_rings(query_BTHD, mask_BT, window, causal, (dropout_p, dropout_seed))
     lse_X = lse_BHT.transpose(1, 2).reshape(-1)
-    given = (_flat(query_BTHD), _flat(key_BTHD), _flat(v_BTHD), _flat(out_BTHD), lse_X, None)
+    given = (_flat(query_BTHD), _flat(key_BTHD), _flat(v_BTHD), delta_X, lse_X, None)
     gradients = attend_backward(_flat(d_out_BTHD), *given, rings)
     pairs = zip(gradients, (query_BTHD, key_BTHD, v_BTHD), strict=True)
     d_query, d_key, d_v = (gradient.view(x.shape).to(x.dtype) for gradient, x in pairs)
@@ -269,7 +270,7 @@ def _local_backward(
 
 
 @_local_backward.register_fake
-def _(d_out: Tensor, out: Tensor, lse: Tensor, query_BTHD: Tensor, key_BTHD: Tensor, v_BTHD: Tensor, *_: Any) -> Any:
+def _(d_out: Tensor, delta: Tensor, lse: Tensor, query_BTHD: Tensor, key_BTHD: Tensor, v_BTHD: Tensor, *_: Any) -> Any:
     return tuple(x.new_empty(x.shape) for x in (query_BTHD, key_BTHD, v_BTHD))
 
 
@@ -279,7 +280,7 @@ def _remember_local(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 
 def _local_gradients(ctx: Any, d_out_BTHD: Tensor, _: Any) -> tuple[Any, ...]:
-    gradients = _local_backward(d_out_BTHD, *ctx.saved_tensors, *ctx.options)
+    gradients = _local_backward(d_out_BTHD, *saved_with_delta(ctx, d_out_BTHD), *ctx.options)
     return *gradients, *[None] * (2 + len(ctx.options))
 
 
