@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+PARALLEL = ("ddp", "fsdp")
 
 
 def option(default: Any, help: str, panel: str, **more: Any) -> Any:
@@ -43,6 +44,12 @@ class TrainingSettings:
     seed: int = option(0, "Seed of the weights, the data order, the dropout and the hashing.", "Run")
     cpu: bool = option(False, "Train on the CPU even where there is a GPU.", "Run")
     precision: str = option("fp32", "Precision of the arithmetic: fp32, bf16 or fp16.", "Run")
+    parallel: str = option(
+        "ddp", "On several ranks: ddp, each with the whole model, or fsdp, each with a shard of every block.", "Ranks"
+    )
+    find_unused_parameters: bool = option(False, "ddp: look for parameters that a batch left out.", "Ranks")
+    static_graph: bool = option(False, "ddp: rely on every step taking the same path.", "Ranks")
+    cpu_offload: bool = option(False, "fsdp: keep the shards in main memory.", "Ranks")
     max_steps: int | None = option(None, "Stop after so many optimizer steps (reproducible).", "Run")
     max_epochs: float | None = option(None, "Stop after so many passes over the data (reproducible).", "Run")
     max_minutes: float | None = option(
@@ -96,6 +103,7 @@ class TrainingSettings:
             "final_learning_rate": ("between 0 and 1", lambda value: 0 <= value <= 1),
             "adam_beta2": ("at least 0 and below 1", lambda value: 0 <= value < 1),
             "precision": one_of(*PRECISIONS),
+            "parallel": one_of(*PARALLEL),
             "keep": one_of("last", "best"),
         }
 
@@ -111,11 +119,23 @@ class TrainingSettings:
         if not self.output:
             raise ValueError("output is missing: name a folder with --output")
         self.check_sources()
+        self.refuse_without(self.parallel == "ddp", "find_unused_parameters static_graph", "--parallel ddp")
+        self.refuse_without(self.parallel == "fsdp", "cpu_offload", "--parallel fsdp")
         if self.max_steps is None and self.max_minutes is None and self.max_epochs is None:
             raise ValueError("no end is set: give --max-steps, --max-epochs or --max-minutes")
 
     def check_sources(self) -> None:
         """Refuse data that is missing or named twice."""
+
+    def check_ranks(self, ranks: int) -> None:
+        """Refuse what makes no sense for so many processes."""
+        about = "several ranks: start the run with torchrun or accelerate launch"
+        if ranks == 1:
+            for name in ("find_unused_parameters", "static_graph"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} is about {about}")
+            if self.parallel == "fsdp":
+                raise ValueError(f"parallel 'fsdp' is about {about}")
 
     def refuse_without(self, condition: bool, names: str, about: str) -> None:
         """Refuse settings that would have no effect, because what they are about is not there."""
