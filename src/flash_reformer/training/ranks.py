@@ -24,6 +24,9 @@ _ENGINES = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism of its own",
 }
 
+# How launchers say how many processes there are; only torch's own kind is understood here.
+_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
 
 class ElsewhereError(RuntimeError):
     """Another rank has failed, and says why; this one only stops with it."""
@@ -44,6 +47,11 @@ def world_size() -> int:
     return dist.get_world_size() if is_joined() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_launched() -> bool:
+    """Say whether a launcher started this process as one of a run's ranks, were it the only one."""
+    return is_joined() or "LOCAL_RANK" in os.environ
+
+
 def is_main() -> bool:
     """Say whether this is the process that writes files and speaks."""
     return rank() == 0
@@ -62,34 +70,40 @@ def joined(on_gpu: bool) -> Iterator[None]:
     Whoever has already set up ``torch.distributed`` keeps it as it is. Raises ``ValueError`` where a launcher has set
     up something that cannot work.
     """
-    if world_size() == 1 or is_joined():
+    if is_joined() or not is_launched():
         yield
         return
-    if "LOCAL_RANK" not in os.environ:
-        raise ValueError(
-            f"WORLD_SIZE is {world_size()}, but LOCAL_RANK is not set: start the run with torchrun or accelerate launch"
-        )
     place = int(os.environ["LOCAL_RANK"])
     if on_gpu and place >= torch.cuda.device_count():
         raise ValueError(
             f"rank {rank()} is number {place} on its machine, which has {torch.cuda.device_count()} GPU(s): launch as "
             "many processes as there are GPUs, or train with --cpu"
         )
-    # As the Trainer would do it, and will find it done.
-    PartialState(**({} if on_gpu else {"cpu": True, "backend": "gloo"}))
+    # As the Trainer would do it, and will find it done. Shards that are kept in main memory meet there, by gloo.
+    PartialState(cpu=not on_gpu, backend="cuda:nccl,cpu:gloo" if on_gpu else "gloo")
     yield
     # Only after success: a rank that failed must not wait here for the others.
     dist.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def refuse_other_engines() -> None:
-    """Raise ``ValueError`` where accelerate's configuration asks for an engine that the settings know nothing of."""
+def check_launcher() -> None:
+    """Raise ``ValueError`` for a launcher that numbers no ranks, or asks for what the settings know nothing of."""
+    environment = os.environ
+    if not is_launched():
+        sizes = [name for name in _SIZES if int(environment.get(name) or "1") > 1]
+        if sizes:
+            raise ValueError(f"{sizes[0]} is {environment[sizes[0]]}, but LOCAL_RANK is not set: start with torchrun")
+        if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment:
+            raise ValueError(
+                "accelerate launch was asked for several processes and started one, as it does on CPUs without MPI: "
+                "start with torchrun, or give accelerate launch --multi_gpu (which starts them on CPUs, too)"
+            )
     for name, engine in _ENGINES.items():
         if os.environ.get(name, "false").lower() == "true":
             raise ValueError(
                 f"accelerate's configuration asks for {engine} ({name} is set): configure accelerate for plain "
-                "processes (--multi-gpu, or --cpu) and choose with --parallel ddp or --parallel fsdp"
+                "processes (--multi_gpu) and choose with --parallel ddp or --parallel fsdp"
             )
 
 

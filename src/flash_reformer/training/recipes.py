@@ -127,8 +127,8 @@ def _prepare(kind: type[Task], settings: TrainingSettings, fields: dict[str, Any
 @contextmanager
 def _on_ranks(settings: TrainingSettings) -> Iterator[None]:
     """Join the ranks of the run, if there are several."""
-    settings.check_ranks(ranks.world_size())
-    ranks.refuse_other_engines()
+    ranks.check_launcher()
+    settings.check_ranks(ranks.is_launched())
     with ranks.joined(uses_gpu(settings)):
         yield
 

@@ -119,30 +119,25 @@ class TrainingSettings:
         if not self.output:
             raise ValueError("output is missing: name a folder with --output")
         self.check_sources()
-        self.refuse_without(self.parallel == "ddp", "find_unused_parameters static_graph", "--parallel ddp")
-        self.refuse_without(self.parallel == "fsdp", "cpu_offload", "--parallel fsdp")
+        self.refuse_without(self.parallel == "ddp", "find_unused_parameters static_graph", "--parallel ddp only")
+        self.refuse_without(self.parallel == "fsdp", "cpu_offload", "--parallel fsdp, which is not given")
         if self.max_steps is None and self.max_minutes is None and self.max_epochs is None:
             raise ValueError("no end is set: give --max-steps, --max-epochs or --max-minutes")
 
     def check_sources(self) -> None:
         """Refuse data that is missing or named twice."""
 
-    def check_ranks(self, ranks: int) -> None:
-        """Refuse what makes no sense for so many processes."""
-        about = "several ranks: start the run with torchrun or accelerate launch"
-        if ranks == 1:
-            for name in ("find_unused_parameters", "static_graph"):
-                if getattr(self, name):
-                    raise ValueError(f"{name} is about {about}")
-            if self.parallel == "fsdp":
-                raise ValueError(f"parallel 'fsdp' is about {about}")
+    def check_ranks(self, launched: bool) -> None:
+        """Refuse what is about ranks in a process that no launcher has started."""
+        about = "ranks: start the run with torchrun or accelerate launch"
+        self.refuse_without(launched, "parallel find_unused_parameters static_graph", about)
 
     def refuse_without(self, condition: bool, names: str, about: str) -> None:
         """Refuse settings that would have no effect, because what they are about is not there."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not condition and field.name in names.split() and value != field.default:
-                raise ValueError(f"{field.name} {value!r} is about {about}, which is not given")
+                raise ValueError(f"{field.name} {value!r} is about {about}")
 
 
 @dataclass(frozen=True)
@@ -169,7 +164,7 @@ class TextSettings(TrainingSettings):
             raise ValueError(f"{' and '.join(given)} contradict each other: give one source of text")
         if not given:
             raise ValueError(f"no text to train on: give one of {', '.join(sources)}")
-        self.refuse_without(self.dataset is not None, "text_column dataset_split", "--dataset")
+        self.refuse_without(self.dataset is not None, "text_column dataset_split", "--dataset, which is not given")
 
 
 @dataclass(frozen=True)

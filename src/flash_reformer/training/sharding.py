@@ -6,6 +6,7 @@ from typing import Any
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from flash_reformer.training.settings import TrainingSettings
 
@@ -31,6 +32,9 @@ def use_fsdp(accelerator: Accelerator, plugin_args: Mapping[str, Any]) -> None:
     plugin = FullyShardedDataParallelPlugin(**plugin_args)
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
+    if plugin_args.get("cpu_offload"):
+        # There is no device to copy to from pinned memory.
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 

@@ -220,6 +220,8 @@ def training_arguments(task: Task, use_cache: bool) -> TrainingArguments:
         ddp_backend="gloo" if ranks.world_size() > 1 and not on_gpu else None,
         ddp_find_unused_parameters=settings.find_unused_parameters,
         ddp_static_graph=settings.static_graph,
+        # A static graph is learnt in the first backward, in which ranks must meet: no batch may put that off.
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": settings.static_graph}},
         fsdp=settings.parallel == "fsdp",  # type: ignore[arg-type]
         fsdp_config=fsdp_config(settings),
         eval_strategy="steps",
