@@ -108,6 +108,20 @@ def check_launcher() -> None:
 
 
 @contextmanager
+def own_environment() -> Iterator[None]:
+    """Take back what accelerate writes into the environment, from which the next run would read it."""
+    before = {name: os.environ.get(name) for name in _ENGINES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
 def together() -> Iterator[None]:
     """Do something on every rank; if it fails on one, it fails on all.
 

@@ -129,7 +129,7 @@ def _on_ranks(settings: TrainingSettings) -> Iterator[None]:
     """Join the ranks of the run, if there are several."""
     ranks.check_launcher()
     settings.check_ranks(ranks.is_launched())
-    with ranks.joined(uses_gpu(settings)):
+    with ranks.own_environment(), ranks.joined(uses_gpu(settings)):
         yield
 
 
