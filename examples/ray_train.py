@@ -8,10 +8,10 @@ writes. Text and output must be paths that every worker can reach.
 from __future__ import annotations
 
 import argparse
-import os
+import json
+from pathlib import Path
 from typing import Any
 
-import ray
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -21,9 +21,7 @@ MODEL = {"attn_layers": ["local", "lsh"], "hidden_size": 64, "num_attention_head
 def train_on_a_worker(asked: dict[str, Any]) -> None:
     from flash_reformer.training import train_clm
 
-    result = train_clm(asked["training"], asked["model"])
-    metrics = result.metrics
-    ray.train.report({"held_out_bits_per_byte": metrics["held_out_bits_per_byte"], "steps": metrics["steps"]})
+    train_clm(asked["training"], asked["model"])
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -35,9 +33,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--max-steps", type=int, default=100)
     parser.add_argument("--seq-len", type=int, default=1024)
     given = parser.parse_args(arguments)
+    output = Path(given.output).resolve()
     training = {
-        "text": (os.path.abspath(given.text),),
-        "output": os.path.abspath(given.output),
+        "text": (str(Path(given.text).resolve()),),
+        "output": str(output),
         "max_steps": given.max_steps,
         "seq_len": given.seq_len,
         "cpu": not given.gpu,
@@ -46,10 +45,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         train_on_a_worker,
         train_loop_config={"training": training, "model": MODEL},
         scaling_config=ScalingConfig(num_workers=given.workers, use_gpu=given.gpu),
-        run_config=RunConfig(storage_path=os.path.abspath(given.output) + ".ray"),
+        run_config=RunConfig(storage_path=f"{output}.ray"),
     )
-    return dict(trainer.fit().metrics or {})
+    trainer.fit()
+    return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    print(main())
+    metrics = main()
+    print(f"{metrics['steps']} steps, held-out bits per byte {metrics['held_out_bits_per_byte']:.3f}")

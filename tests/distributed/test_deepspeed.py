@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.distributed.processes import start_ranks
 from tests.distributed.test_data_parallel import RANKS, batch_of, build, loss_of
 
 pytestmark = [
@@ -58,7 +58,7 @@ def train_on_a_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
-    mp.spawn(train_on_a_rank, args=(str(folder),), nprocs=RANKS)
+    start_ranks(train_on_a_rank, RANKS, str(folder))
     return folder
 
 

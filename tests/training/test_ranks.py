@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -22,6 +21,7 @@ from flash_reformer import ReformerConfig, ReformerModelWithLMHead
 from flash_reformer.training import ranks, recipes
 from flash_reformer.training.budget import Budget
 from flash_reformer.training.settings import CausalSettings
+from tests.distributed.processes import start_ranks
 
 RANKS = 2
 #: Nothing is dropped and rotations are fixed, so that a row means the same on every rank.
@@ -137,7 +137,7 @@ def on_a_rank(rank: int, folder: str) -> None:
         ranks.barrier()
         recipes.resume({"output": str(at)})
     # Rank 1 would stop first by its own clock, and rank 0 goes on: they must stop together.
-    timed = settings(folder, "timed", max_minutes=0.02, max_steps=None, eval_interval=None)
+    timed = settings(folder, "timed", max_minutes=0.005, max_steps=None, eval_interval=None)
     facts["timed"] = recipes.train("clm", timed, MODEL).metrics["steps"]
     facts["taken"] = said(lambda: recipes.train("clm", settings(folder, "ddp"), MODEL))
     missing = settings(folder, "missing", text=(f"{folder}/text.txt" if rank == 0 else f"{folder}/none.txt",))
@@ -155,7 +155,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = torch.randint(5, (3000,), generator=torch.Generator().manual_seed(0))
     text = " ".join(["chop", "sort", "hash", "attend", "reverse"][word] for word in words.tolist())
     (folder / "text.txt").write_text(text, encoding="utf-8")
-    mp.spawn(on_a_rank, args=(str(folder),), nprocs=RANKS)
+    start_ranks(on_a_rank, RANKS, str(folder))
     return folder
 
 
