@@ -16,7 +16,7 @@ INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
 
 # Seconds that other ranks wait before they say what is wrong: where rank 0 has said the same by then, the launcher has
 # ended them.
-GRACE = 3.0
+GRACE = 10.0
 
 
 @contextmanager

@@ -127,9 +127,12 @@ def _prepare(kind: type[Task], settings: TrainingSettings, fields: dict[str, Any
 @contextmanager
 def _on_ranks(settings: TrainingSettings) -> Iterator[None]:
     """Join the ranks of the run, if there are several."""
-    ranks.check_launcher()
-    settings.check_ranks(ranks.is_launched())
-    with ranks.own_environment(), ranks.joined(uses_gpu(settings)):
+    on_gpu = torch.cuda.is_available() and not settings.cpu
+    with ranks.own_environment(), ranks.joined(on_gpu):
+        with ranks.together():
+            ranks.check_launcher()
+            settings.check_ranks(ranks.is_launched())
+            uses_gpu(settings)
         yield
 
 
