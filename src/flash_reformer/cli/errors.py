@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,13 @@ from contextlib import contextmanager
 import typer
 from rich.console import Console
 
+from flash_reformer.training import ranks
+
 INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
+
+# Seconds that other ranks wait before they say what is wrong: where rank 0 has said the same by then, the launcher has
+# ended them.
+GRACE = 10.0
 
 
 @contextmanager
@@ -22,13 +29,17 @@ def readable_errors(debug: bool, *, on_interrupt: str = "interrupted") -> Iterat
     """
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: _complain(f"warning: {message}")
+            warnings.showwarning = _warn
             yield
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt:
-        _complain(on_interrupt)
+        if ranks.is_main():
+            _complain(on_interrupt)
         raise typer.Exit(INTERRUPTED) from None
+    except ranks.ElsewhereError:
+        time.sleep(GRACE)
+        raise typer.Exit(1) from None
     except BrokenPipeError:
         # Whoever read the output has enough. Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -39,8 +50,17 @@ def readable_errors(debug: bool, *, on_interrupt: str = "interrupted") -> Iterat
         line = " ".join(str(error).split()) or "no message"
         mistakes = (ValueError, TypeError, OSError, ImportError)
         kind = "" if isinstance(error, mistakes) else f"{type(error).__name__}: "
-        _complain(f"error: {kind}{line} (--debug shows where)")
+        if not ranks.is_main():
+            time.sleep(GRACE)
+        where = f"rank {ranks.rank()}: " if ranks.world_size() > 1 else ""
+        _complain(f"{where}error: {kind}{line} (--debug shows where)")
         raise typer.Exit(1) from None
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    # What one rank is warned of, all are.
+    if ranks.is_main():
+        _complain(f"warning: {message}")
 
 
 def _complain(line: str) -> None:

@@ -20,7 +20,7 @@ from flash_reformer.cli.options import (
 )
 from flash_reformer.cli.progress import ProgressBar
 from flash_reformer.models.configuration_reformer import ReformerConfig
-from flash_reformer.training import recipes
+from flash_reformer.training import ranks, recipes
 from flash_reformer.training.presets import PRESETS, check_effect
 from flash_reformer.training.recipes import TrainingResult
 from flash_reformer.training.tasks import TASKS, Task
@@ -60,7 +60,7 @@ def _add(task: type[Task], says: str, example: str) -> None:
         debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
         **given: Any,
     ) -> None:
-        console = Console()
+        console = Console(quiet=not ranks.is_main())
         with readable_errors(debug, on_interrupt="interrupted; --resume goes on from the last checkpoint"):
             if files and not given.get("text"):
                 hint = "name text files after --text" if "text" in given else "name examples after --dataset"

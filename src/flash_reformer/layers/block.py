@@ -40,6 +40,13 @@ class ReformerFeedForwardDense(nn.Module):
         """
         return ((name, module) for name, module in super().named_modules(*args, **kwargs) if module is not self)
 
+    def ds_external_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield nothing: no parameter of other modules is used here.
+
+        DeepSpeed's ZeRO-3 asks that of every child, and gives the method to modules that ``named_modules`` yields.
+        """
+        return iter(())
+
 
 class ReformerFeedForwardOutput(nn.Module):
     """Narrow, drop."""
@@ -90,8 +97,23 @@ def _in_modes(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
             module.training = not training
 
 
-def _check_sharding(layer: nn.Module) -> None:
-    """Raise where a part of a layer is a unit of FSDP: its weights would be others when the layer runs again."""
+def _check_engine(layer: nn.Module) -> None:
+    """Raise where the weights of a layer come and go while it runs, or are copies: it could not run again as it was.
+
+    FSDP may shard whole layers, no parts of them. ZeRO-3 fetches weights for one module at a time. Copies made by
+    ``nn.DataParallel`` run in threads of one process, which would set back each other's generators.
+    """
+    if getattr(layer, "_is_replica", False):
+        raise RuntimeError(
+            "nn.DataParallel runs copies of a model in threads that share their random states, which reversible "
+            "layers set back; use DistributedDataParallel (torchrun starts it), or reversible=False"
+        )
+    # What DeepSpeed gives to the parameters that it shards.
+    if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
+        raise RuntimeError(
+            "DeepSpeed's ZeRO-3 fetches the weights of one module at a time, and a reversible layer needs all of its "
+            "own when it runs again; use ZeRO-1 or 2, or fully_shard (FSDP2), or reversible=False"
+        )
     for name, module in layer.named_modules():
         # What ``fully_shard`` gives to the modules that it is called on.
         if module is not layer and hasattr(module, "_get_fsdp_state"):
@@ -168,7 +190,7 @@ class ReformerLayer(nn.Module):
         if streams.channel is not None:
             assert not with_probs, "probabilities would have to be stored"
             check_capture(self, streams.x1.device)
-            _check_sharding(self)
+            _check_engine(self)
             return reversible_block(attention, feed_forward, streams, lambda: list(self.parameters())), None
         after, record = plain_block(attention, feed_forward, streams)
         probs = self.attention.probs(streams.x2, call, head_mask_H, record) if with_probs else None

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -21,10 +22,16 @@ class Budget:
     max_minutes: float | None
     seconds_before: float = 0.0
     _started: float | None = field(default=None, repr=False)
+    _agreed: float | None = field(default=None, repr=False)
 
     def start(self) -> None:
         """Let the clock run from now."""
         self._started = time.monotonic()
+
+    def agree(self, from_main: Callable[[float], float]) -> None:
+        """Go by rank 0's clock until the next call, so that all ranks decide alike; a collective call if timed."""
+        if self.max_minutes is not None:
+            self._agreed = from_main(self.seconds)
 
     @property
     def seconds(self) -> float:
@@ -34,7 +41,8 @@ class Budget:
     def fraction(self, step: int) -> float:
         """Part of the run that is done after ``step`` steps, between 0 and 1."""
         by_steps = step / self.max_steps if self.max_steps is not None else 0.0
-        by_time = self.seconds / (60.0 * self.max_minutes) if self.max_minutes is not None else 0.0
+        seconds = self.seconds if self._agreed is None else self._agreed
+        by_time = seconds / (60.0 * self.max_minutes) if self.max_minutes is not None else 0.0
         return min(1.0, max(by_steps, by_time))
 
     def learning_rate(self, step: int, *, warmup_steps: int, final: float) -> float:

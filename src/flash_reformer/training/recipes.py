@@ -1,9 +1,10 @@
 """Training recipes: from data to a saved model, on `transformers.Trainer`."""
 
+import functools
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from transformers import PreTrainedConfig, TrainerCallback
 
 from flash_reformer.models.configuration_reformer import ReformerConfig
+from flash_reformer.training import ranks
 from flash_reformer.training.budget import Budget
 from flash_reformer.training.curve import save_loss_curve
 from flash_reformer.training.presets import PRESETS, axial_shape
@@ -26,6 +28,7 @@ from flash_reformer.training.run_folder import (
     write_settings,
 )
 from flash_reformer.training.settings import TrainingSettings
+from flash_reformer.training.sharding import has_shards
 from flash_reformer.training.sources import is_missing_folder
 from flash_reformer.training.tasks import TASKS, Task
 from flash_reformer.training.trainer import TaskTrainer, seconds_spent, uses_gpu
@@ -79,8 +82,32 @@ def train(
     if preset is not None:
         given, fields = _on_top_of_preset(task, preset, given, fields)
     settings = kind.settings_class(**kind.settings_class.with_end(given))
+    with _on_ranks(settings):
+        return _train(kind, settings, fields, overwrite, report, callbacks)
+
+
+def _train(
+    kind: type[Task],
+    settings: TrainingSettings,
+    fields: dict[str, Any],
+    overwrite: bool,
+    report: Report | None,
+    callbacks: Sequence[TrainerCallback],
+) -> TrainingResult:
+    with ranks.together():
+        prepared, network = _prepare(kind, settings, fields)
+
+    def prepare() -> None:
+        prepare_folder(settings.output, overwrite=overwrite)
+        write_settings(kind.name, settings)
+
+    ranks.on_main(prepare)
+    return _run(prepared, network, None, report, callbacks)
+
+
+def _prepare(kind: type[Task], settings: TrainingSettings, fields: dict[str, Any]) -> tuple[Task, Any]:
+    """Read the data and make the model, or refuse; nothing is written."""
     settings.check_complete()
-    uses_gpu(settings)
     if settings.init_from is not None and fields:
         raise ValueError(f"init_from brings its own model: it contradicts {', '.join(sorted(fields))}")
     if settings.init_from is None:
@@ -94,9 +121,19 @@ def train(
     limit = network.config.max_length_of_positions
     if settings.seq_len > limit:
         raise ValueError(f"seq_len must be at most {limit}, the positions of the model; got {settings.seq_len}")
-    prepare_folder(settings.output, overwrite=overwrite)
-    write_settings(task, settings)
-    return _run(prepared, network, None, report, callbacks)
+    return prepared, network
+
+
+@contextmanager
+def _on_ranks(settings: TrainingSettings) -> Iterator[None]:
+    """Join the ranks of the run, if there are several."""
+    on_gpu = torch.cuda.is_available() and not settings.cpu
+    with ranks.own_environment(), ranks.joined(on_gpu):
+        with ranks.together():
+            ranks.check_launcher()
+            settings.check_ranks(ranks.is_launched())
+            uses_gpu(settings)
+        yield
 
 
 def resume(
@@ -124,13 +161,28 @@ def resume(
         raise ValueError(f"{checkpoint} belongs to a run of {recorded}, not of {task}")
     kind = task_class(recorded)
     settings = resumed_settings(checkpoint, kind.settings_class, training)
-    settings.check_complete()
-    uses_gpu(settings)
-    if Path(settings.output).resolve() != checkpoint.parent.resolve():
-        prepare_folder(settings.output, overwrite=False)
-    prepared = kind(settings, find_vocabulary(settings))
-    network = _load(prepared, str(checkpoint), "checkpoint")
-    write_settings(recorded, settings)
+    with _on_ranks(settings):
+        return _resume(kind, settings, checkpoint, report, callbacks)
+
+
+def _resume(
+    kind: type[Task],
+    settings: TrainingSettings,
+    checkpoint: Path,
+    report: Report | None,
+    callbacks: Sequence[TrainerCallback],
+) -> TrainingResult:
+    def prepare() -> None:
+        if Path(settings.output).resolve() != checkpoint.parent.resolve():
+            prepare_folder(settings.output, overwrite=False)
+
+    with ranks.together():
+        settings.check_complete()
+    ranks.on_main(prepare)
+    with ranks.together():
+        prepared = kind(settings, find_vocabulary(settings))
+        network = _load(prepared, str(checkpoint), "checkpoint")
+    ranks.on_main(functools.partial(write_settings, kind.name, settings))
     return _run(prepared, network, checkpoint, report, callbacks)
 
 
@@ -213,6 +265,9 @@ def _load(task: Task, folder: str, name: str) -> Any:
             saved, _ = PreTrainedConfig.get_config_dict(folder)
             if saved.get("model_type") != ReformerConfig.model_type:
                 raise ValueError(f"its model_type is {saved.get('model_type')!r}, not 'reformer'")
+            if name == "checkpoint" and has_shards(folder):
+                # The Trainer fills it from the shards.
+                return task.model_class(ReformerConfig.from_dict(saved))
             architecture = (saved.get("architectures") or [""])[0]
             return task.model_class.from_pretrained(folder, **task.loading_fields(architecture))
     except Exception as error:
@@ -223,9 +278,7 @@ def _load(task: Task, folder: str, name: str) -> Any:
 def _budget(task: Task, checkpoint: Path | None) -> Budget:
     settings, steps = task.settings, task.settings.max_steps
     if settings.max_epochs is not None:
-        # Launchers say how many processes there are before any of them has joined the others.
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        per_step = settings.batch_size * settings.gradient_accumulation * processes
+        per_step = settings.batch_size * settings.gradient_accumulation * ranks.world_size()
         by_epochs = max(1, math.ceil(settings.max_epochs * len(task.train) / per_step))  # type: ignore[arg-type]
         steps = by_epochs if steps is None else min(steps, by_epochs)
     before = 0.0 if checkpoint is None else seconds_spent(checkpoint_state(checkpoint))
@@ -244,8 +297,11 @@ def _run(
     done = 0 if checkpoint is None else checkpoint_state(checkpoint).global_step
     if budget.fraction(done) >= 1.0:
         raise ValueError(f"{checkpoint} is already at the end of its run: raise --max-steps or --max-minutes to go on")
-    tokens_per_step = settings.batch_size * settings.gradient_accumulation * task.tokens_per_row
-    watchers = [] if report is None else [ProgressCallback(report, budget, tokens_per_step, task.measure)]
+    rows_per_step = settings.batch_size * settings.gradient_accumulation * ranks.world_size()
+    tokens_per_step = rows_per_step * task.tokens_per_row
+    watchers = []
+    if report is not None and ranks.is_main():
+        watchers.append(ProgressCallback(report, budget, tokens_per_step, task.measure))
     trainer = TaskTrainer(
         task,
         budget,
@@ -260,13 +316,18 @@ def _run(
     with quiet_transformers():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = budget.seconds
-        trainer.save_model()
-        return _finish(task, trainer, {"seconds": round(seconds, 1), "tokens_per_step": tokens_per_step})
+        trainer.save_final_model()
+        facts = {"seconds": round(seconds, 1), "tokens_per_step": tokens_per_step}
+        left = ranks.on_main(functools.partial(_finish, task, trainer, facts))
+        return TrainingResult(task, *left)
 
 
-def _finish(task: Task, trainer: TaskTrainer, facts: Mapping[str, Any]) -> TrainingResult:
+def _finish(
+    task: Task, trainer: TaskTrainer, facts: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[str, str], dict[str, Path]]:
+    """Write what comes after training, on rank 0."""
     folder = Path(task.settings.output)
-    model: Any = trainer.model
+    model = trainer.final_model()
     history = trainer.state.log_history
     judged = [entry for entry in history if f"eval_{task.measure.key}" in entry]
     kept = judged[-1]
@@ -305,4 +366,4 @@ def _finish(task: Task, trainer: TaskTrainer, facts: Mapping[str, Any]) -> Train
     )
     paths["loss curve (PNG)"], paths["loss curve (SVG)"] = save_loss_curve(history, folder, key=key, label=label)
     sample, more = task.finish(model, folder)
-    return TrainingResult(task, metrics, sample, {**paths, **more})
+    return metrics, sample, {**paths, **more}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+PARALLEL = ("ddp", "fsdp")
 
 
 def option(default: Any, help: str, panel: str, **more: Any) -> Any:
@@ -43,6 +44,12 @@ class TrainingSettings:
     seed: int = option(0, "Seed of the weights, the data order, the dropout and the hashing.", "Run")
     cpu: bool = option(False, "Train on the CPU even where there is a GPU.", "Run")
     precision: str = option("fp32", "Precision of the arithmetic: fp32, bf16 or fp16.", "Run")
+    parallel: str = option(
+        "ddp", "On several ranks: ddp, each with the whole model, or fsdp, each with a shard of every block.", "Ranks"
+    )
+    find_unused_parameters: bool = option(False, "ddp: look for parameters that a batch left out.", "Ranks")
+    static_graph: bool = option(False, "ddp: rely on every step taking the same path.", "Ranks")
+    cpu_offload: bool = option(False, "fsdp: keep the shards in main memory.", "Ranks")
     max_steps: int | None = option(None, "Stop after so many optimizer steps (reproducible).", "Run")
     max_epochs: float | None = option(None, "Stop after so many passes over the data (reproducible).", "Run")
     max_minutes: float | None = option(
@@ -96,6 +103,7 @@ class TrainingSettings:
             "final_learning_rate": ("between 0 and 1", lambda value: 0 <= value <= 1),
             "adam_beta2": ("at least 0 and below 1", lambda value: 0 <= value < 1),
             "precision": one_of(*PRECISIONS),
+            "parallel": one_of(*PARALLEL),
             "keep": one_of("last", "best"),
         }
 
@@ -111,18 +119,25 @@ class TrainingSettings:
         if not self.output:
             raise ValueError("output is missing: name a folder with --output")
         self.check_sources()
+        self.refuse_without(self.parallel == "ddp", "find_unused_parameters static_graph", "--parallel ddp only")
+        self.refuse_without(self.parallel == "fsdp", "cpu_offload", "--parallel fsdp, which is not given")
         if self.max_steps is None and self.max_minutes is None and self.max_epochs is None:
             raise ValueError("no end is set: give --max-steps, --max-epochs or --max-minutes")
 
     def check_sources(self) -> None:
         """Refuse data that is missing or named twice."""
 
+    def check_ranks(self, launched: bool) -> None:
+        """Refuse what is about ranks in a process that no launcher has started."""
+        about = "ranks: start the run with torchrun or accelerate launch"
+        self.refuse_without(launched, "parallel find_unused_parameters static_graph", about)
+
     def refuse_without(self, condition: bool, names: str, about: str) -> None:
         """Refuse settings that would have no effect, because what they are about is not there."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not condition and field.name in names.split() and value != field.default:
-                raise ValueError(f"{field.name} {value!r} is about {about}, which is not given")
+                raise ValueError(f"{field.name} {value!r} is about {about}")
 
 
 @dataclass(frozen=True)
@@ -149,7 +164,7 @@ class TextSettings(TrainingSettings):
             raise ValueError(f"{' and '.join(given)} contradict each other: give one source of text")
         if not given:
             raise ValueError(f"no text to train on: give one of {', '.join(sources)}")
-        self.refuse_without(self.dataset is not None, "text_column dataset_split", "--dataset")
+        self.refuse_without(self.dataset is not None, "text_column dataset_split", "--dataset, which is not given")
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from flash_reformer.training import ranks
 from flash_reformer.training.budget import Budget
 from flash_reformer.training.run_folder import prune_checkpoints
 from flash_reformer.training.settings import TrainingSettings
+from flash_reformer.training.sharding import fsdp_config, use_fsdp
 from flash_reformer.training.tasks import Task
 
 # The Trainer's own rhythm is set to steps, as keeping the best needs; ours ends every run long before this one.
@@ -41,6 +43,10 @@ class Rhythm(TrainerCallback):
     ) -> None:
         """Start the clock, and count as done what was done before a resumption."""
         self.budget.start()
+        self.budget.agree(ranks.from_main)
+        if ranks.rank() > 0:
+            # Ranks drop and hash each in its own way. A resumption restores each rank's generators after this.
+            torch.manual_seed((self.settings.seed + ranks.rank()) % 2**32)
         self._mark = self._marks(state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -51,6 +57,7 @@ class Rhythm(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Set the flags that the Trainer acts on."""
         step = state.global_step
+        self.budget.agree(ranks.from_main)
         fraction = self.budget.fraction(step)
         mark, self._mark = self._mark, self._marks(step)
         due = self._mark > mark
@@ -118,10 +125,38 @@ class TaskTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Have FSDP on any device that was asked for it."""
+        super().create_accelerator_and_postprocess()
+        if self.settings.parallel == "fsdp" and not self.is_fsdp_enabled:
+            use_fsdp(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, on whichever rank saves, with the bucket count of the longest input of all ranks."""
-        self.accelerator.unwrap_model(self.model).share_trained_buckets()
+        """Save the model, on whichever rank saves, with the bucket count of the longest input of all ranks.
+
+        A checkpoint of FSDP holds shards, which the Trainer writes elsewhere; here their configuration joins them.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        model.share_trained_buckets()
+        if self.is_fsdp_enabled and _internal_call:
+            if self.args.should_save and output_dir is not None:
+                model.config.save_pretrained(output_dir)
+                self.task.vocabulary.tokenizer.save_pretrained(output_dir)
+            return
         super().save_model(output_dir, _internal_call)
+
+    def save_final_model(self) -> None:
+        """Save the model whole, whatever its checkpoints hold. A collective call."""
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        self.save_model()
+
+    def final_model(self) -> Any:
+        """Return the model that was saved, as one that a process can run alone."""
+        if self.is_fsdp_enabled:
+            return self.task.model_class.from_pretrained(self.settings.output)
+        return self.model
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate with the same random rotations each time, and without moving the generator that training uses."""
@@ -163,7 +198,8 @@ def uses_gpu(settings: TrainingSettings) -> bool:
 def training_arguments(task: Task, use_cache: bool) -> TrainingArguments:
     """Say in the Trainer's words what the settings ask for; ``use_cache`` is what the model's config keeps."""
     settings: TrainingSettings = task.settings
-    return TrainingArguments(
+    on_gpu = uses_gpu(settings)
+    arguments = TrainingArguments(
         output_dir=settings.output,
         per_device_train_batch_size=settings.batch_size,
         # Blocks of text are long; texts of their own are evaluated as they are trained on.
@@ -179,7 +215,15 @@ def training_arguments(task: Task, use_cache: bool) -> TrainingArguments:
         fp16=settings.precision == "fp16",
         seed=settings.seed,
         data_seed=settings.seed,
-        use_cpu=settings.cpu,
+        # On several ranks the Trainer must be told that there is no GPU; else each rank would train by itself.
+        use_cpu=settings.cpu or (ranks.world_size() > 1 and not on_gpu),
+        ddp_backend="gloo" if ranks.world_size() > 1 and not on_gpu else None,
+        ddp_find_unused_parameters=settings.find_unused_parameters,
+        ddp_static_graph=settings.static_graph,
+        # A static graph is learnt in the first backward, in which ranks must meet: no batch may put that off.
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": settings.static_graph}},
+        fsdp=settings.parallel == "fsdp",  # type: ignore[arg-type]
+        fsdp_config=fsdp_config(settings),
         eval_strategy="steps",
         eval_steps=NEVER,
         save_strategy="steps",
@@ -194,11 +238,14 @@ def training_arguments(task: Task, use_cache: bool) -> TrainingArguments:
         prediction_loss_only=task.loss_only,
         label_names=list(task.label_names),
         remove_unused_columns=False,
-        dataloader_pin_memory=uses_gpu(settings),
+        dataloader_pin_memory=on_gpu,
         disable_tqdm=True,
         use_cache=use_cache,
         report_to="none",
     )
+    # One process trains on one device: with several, the Trainer would take nn.DataParallel (see docs/distributed.md).
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def seconds_spent(state: TrainerState) -> float:
