@@ -1,5 +1,6 @@
 """Training recipes: from data to a saved model, on `transformers.Trainer`."""
 
+import dataclasses
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from transformers import PreTrainedConfig, TrainerCallback
 from flash_reformer.models.configuration_reformer import ReformerConfig
 from flash_reformer.training.budget import Budget
 from flash_reformer.training.curve import save_loss_curve
+from flash_reformer.training.lengths import StreamPosition, fitting_shape, grow_positions
 from flash_reformer.training.presets import PRESETS, axial_shape
 from flash_reformer.training.progress import ProgressCallback, Report, peak_memory
 from flash_reformer.training.quiet import quiet_transformers
@@ -91,9 +93,8 @@ def train(
         prepared.check_model(network)
     else:
         network = build_model(prepared, fields)
-    limit = network.config.max_length_of_positions
-    if settings.seq_len > limit:
-        raise ValueError(f"seq_len must be at most {limit}, the positions of the model; got {settings.seq_len}")
+    settings = prepared.settings = _settle(settings, network)
+    prepared.warn()
     prepare_folder(settings.output, overwrite=overwrite)
     write_settings(task, settings)
     return _run(prepared, network, None, report, callbacks)
@@ -132,6 +133,28 @@ def resume(
     network = _load(prepared, str(checkpoint), "checkpoint")
     write_settings(recorded, settings)
     return _run(prepared, network, checkpoint, report, callbacks)
+
+
+def _settle(settings: Any, network: Any) -> Any:
+    """Return the settings of a new run as its model makes them; refuse what does not fit the model."""
+    limit = network.config.max_length_of_positions
+    if getattr(settings, "grow_positions", False):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("grow_positions works in one process: leave it out, and all positions are there at once")
+        grow_positions(network, settings.length_at(0), settings.seed)
+    elif settings.seq_len > limit:
+        hint = "; or let them grow with grow_positions" if hasattr(settings, "grow_positions") else ""
+        raise ValueError(f"seq_len must be at most {limit}, the positions of the model; got {settings.seq_len}{hint}")
+    if settings.rounds is None and settings.eval_num_hashes is None:
+        return settings
+    if "lsh" not in network.config.attn_layers:
+        name = "eval_num_hashes" if settings.rounds is None else "num_hashes_schedule"
+        raise ValueError(f"{name} would have no effect: attn_layers has no 'lsh' layer")
+    if settings.rounds is None:
+        # Written down, since the config of every checkpoint will say how many rounds evaluation takes.
+        settings = dataclasses.replace(settings, num_hashes_schedule=f"0:{network.config.num_hashes}")
+    network.config.num_hashes = settings.eval_num_hashes or settings.rounds.values[-1]
+    return settings
 
 
 def train_clm(training: Mapping[str, Any], model: Mapping[str, Any] | None = None, **options: Any) -> TrainingResult:
@@ -175,6 +198,13 @@ def build_model(task: Task, fields: Mapping[str, Any]) -> Any:
         "max_position_embeddings": shape[0] * shape[1],
     }
     config = ReformerConfig(**{**fitting, **sizes, **dictated})
+    if getattr(task.settings, "grow_positions", False):
+        # The trailing axes are those of the longest length, so that only the first one grows.
+        first = task.settings.length_at(0)
+        if not config.axial_pos_embds:
+            config.max_position_embeddings = first
+        elif config.max_length_of_positions > first:
+            config.axial_pos_shape = fitting_shape(config.axial_pos_shape, first)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.settings.seed)
         return task.model_class(config)
@@ -199,7 +229,8 @@ def _on_top_of_preset(
 def _check_limit(settings: TrainingSettings, fields: Mapping[str, Any]) -> None:
     """Refuse a position table that is too small before reading data that may take long."""
     limit = math.prod(fields.get("axial_pos_shape", [settings.seq_len]))
-    if fields.get("axial_pos_embds", True) and settings.seq_len > limit:
+    grows = getattr(settings, "grow_positions", False)
+    if fields.get("axial_pos_embds", True) and settings.seq_len > limit and not grows:
         raise ValueError(f"seq_len must be at most {limit}, the positions of the model; got {settings.seq_len}")
 
 
@@ -226,7 +257,7 @@ def _budget(task: Task, checkpoint: Path | None) -> Budget:
         # Launchers say how many processes there are before any of them has joined the others.
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         per_step = settings.batch_size * settings.gradient_accumulation * processes
-        by_epochs = max(1, math.ceil(settings.max_epochs * len(task.train) / per_step))  # type: ignore[arg-type]
+        by_epochs = max(1, math.ceil(settings.max_epochs * task.rows_per_pass / per_step))
         steps = by_epochs if steps is None else min(steps, by_epochs)
     before = 0.0 if checkpoint is None else seconds_spent(checkpoint_state(checkpoint))
     return Budget(steps, settings.max_minutes, before)
@@ -244,8 +275,7 @@ def _run(
     done = 0 if checkpoint is None else checkpoint_state(checkpoint).global_step
     if budget.fraction(done) >= 1.0:
         raise ValueError(f"{checkpoint} is already at the end of its run: raise --max-steps or --max-minutes to go on")
-    tokens_per_step = settings.batch_size * settings.gradient_accumulation * task.tokens_per_row
-    watchers = [] if report is None else [ProgressCallback(report, budget, tokens_per_step, task.measure)]
+    watchers = [] if report is None else [ProgressCallback(report, budget, task.tokens_of, task.measure)]
     trainer = TaskTrainer(
         task,
         budget,
@@ -254,6 +284,10 @@ def _run(
         processing_class=task.vocabulary.tokenizer,
     )
     trainer.args.eval_on_start = checkpoint is None
+    if checkpoint is not None:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, StreamPosition):
+                callback.restore(checkpoint_state(checkpoint))
     # Where `truncation=True` cuts and the pipeline lays windows: what was trained on, or all that fits.
     limit = settings.seq_len if task.cuts_texts else network.config.max_length_of_positions
     task.vocabulary.tokenizer.model_max_length = limit
@@ -261,7 +295,7 @@ def _run(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = budget.seconds
         trainer.save_model()
-        return _finish(task, trainer, {"seconds": round(seconds, 1), "tokens_per_step": tokens_per_step})
+        return _finish(task, trainer, {"seconds": round(seconds, 1)})
 
 
 def _finish(task: Task, trainer: TaskTrainer, facts: Mapping[str, Any]) -> TrainingResult:
@@ -287,7 +321,7 @@ def _finish(task: Task, trainer: TaskTrainer, facts: Mapping[str, Any]) -> Train
         f"held_out_{task.measure.key}_at_start": judged[0][f"eval_{task.measure.key}"],
         "kept_step": kept["step"],
         "steps": trainer.state.global_step,
-        "tokens": round(trainer.state.global_step * facts["tokens_per_step"]),
+        "tokens": round(task.tokens_of(trainer.state.global_step)),
         "seconds": facts["seconds"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "peak_memory_bytes": peak_memory(),
