@@ -245,10 +245,21 @@ def _load(task: Task, folder: str, name: str) -> Any:
             if saved.get("model_type") != ReformerConfig.model_type:
                 raise ValueError(f"its model_type is {saved.get('model_type')!r}, not 'reformer'")
             architecture = (saved.get("architectures") or [""])[0]
-            return task.model_class.from_pretrained(folder, **task.loading_fields(architecture))
+            model = task.model_class.from_pretrained(folder, **task.loading_fields(architecture))
+            return _with_automatic_buckets(model)
     except Exception as error:
         # Loaders raise dozens of kinds; what was to be loaded must be said with each.
         raise ValueError(f"{name} {folder} cannot be loaded: {error}") from error
+
+
+def _with_automatic_buckets(model: Any) -> Any:
+    """Let evaluations in training derive buckets from each length, as those before a resumption did."""
+    config = model.config
+    if config.num_buckets_automatic and config.num_buckets is not None:
+        trained = [config.num_buckets] if isinstance(config.num_buckets, int) else list(config.num_buckets)
+        config.num_buckets = None
+        config.trained_num_buckets = trained
+    return model
 
 
 def _budget(task: Task, checkpoint: Path | None) -> Budget:

@@ -25,14 +25,14 @@ def read_text_files(paths: Sequence[str | Path]) -> list[Document]:
     return documents
 
 
-def check_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Return paths that must be files, or raise ``ValueError``."""
+def check_files(paths: Sequence[str | Path], *, flag: str = "--text") -> list[Path]:
+    """Return paths that must be files, or raise ``ValueError`` that names the ``flag``."""
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            raise ValueError(f"--text {path} is a folder: name the files in it")
+            raise ValueError(f"{flag} {path} is a folder: name the files in it")
         if not path.is_file():
-            raise ValueError(f"--text {path}: there is no such file")
+            raise ValueError(f"{flag} {path}: there is no such file")
         found.append(path)
     return found
 

@@ -79,7 +79,7 @@ def cut_text(
         data = read(offset, min(piece_bytes, size - offset))
         if not data:
             raise ValueError(f"the text ends at byte {offset}, but had {size} bytes before: it changed during the run")
-        if offset + len(data) < size and not vocabulary.is_bytes:
+        if offset + len(data) < size:
             data = data[: _find_cut(data, vocabulary)]
         yield offset, vocabulary.encode(data)
         offset += len(data)
@@ -107,6 +107,8 @@ def _is_start(data: bytes, place: int) -> bool:
 
 def _is_seam(data: bytes, place: int, vocabulary: Vocabulary) -> bool:
     """Say whether the tokens around a place are the same with a cut there."""
+    if vocabulary.is_bytes:
+        return True
     begin, end = max(0, place - _CONTEXT), min(len(data), place + _CONTEXT)
     while begin > 0 and not _is_start(data, begin):
         begin -= 1

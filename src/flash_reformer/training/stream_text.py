@@ -34,6 +34,16 @@ def stream_text(settings: TextSettings, vocabulary: Vocabulary) -> StreamedText:
     limit = max(_MIN_BYTES, settings.eval_sequences * settings.seq_len * _BYTES_PER_TOKEN)
     if settings.dataset is not None:
         return _stream_rows(settings, vocabulary, limit)
+    train, held_out = _hold_out_files(_files(settings), settings.held_out)
+    return StreamedText(FileSource(train, vocabulary, settings.seed), tuple(_documents(held_out, limit)))
+
+
+def held_out_files(settings: TextSettings) -> list[FilePart]:
+    """Return what of the files that the settings name is held out, streamed or not."""
+    return _hold_out_files(_files(settings), settings.held_out)[1]
+
+
+def _files(settings: TextSettings) -> list[FilePart]:
     if settings.text:
         paths = check_files(settings.text)
     else:
@@ -43,8 +53,7 @@ def stream_text(settings: TextSettings, vocabulary: Vocabulary) -> StreamedText:
     files = [file for file in files if file.size]
     if not files:
         raise ValueError(f"--text {', '.join(settings.text)}: nothing to train on, no byte in it")
-    train, held_out = _hold_out_files(files, settings.held_out)
-    return StreamedText(FileSource(train, vocabulary, settings.seed), tuple(_documents(held_out, limit)))
+    return files
 
 
 def _hold_out_files(files: Sequence[FilePart], fraction: float) -> tuple[list[FilePart], list[FilePart]]:
