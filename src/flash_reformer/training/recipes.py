@@ -82,6 +82,7 @@ def train(
         given, fields = _on_top_of_preset(task, preset, given, fields)
     settings = kind.settings_class(**kind.settings_class.with_end(given))
     settings.check_complete()
+    _check_processes(settings)
     uses_gpu(settings)
     if settings.init_from is not None and fields:
         raise ValueError(f"init_from brings its own model: it contradicts {', '.join(sorted(fields))}")
@@ -126,6 +127,7 @@ def resume(
     kind = task_class(recorded)
     settings = resumed_settings(checkpoint, kind.settings_class, training)
     settings.check_complete()
+    _check_processes(settings)
     uses_gpu(settings)
     if Path(settings.output).resolve() != checkpoint.parent.resolve():
         prepare_folder(settings.output, overwrite=False)
@@ -135,12 +137,16 @@ def resume(
     return _run(prepared, network, checkpoint, report, callbacks)
 
 
+def _check_processes(settings: Any) -> None:
+    if getattr(settings, "grow_positions", False) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Engines of several processes know their parameters from the start.
+        raise ValueError("grow_positions works in one process: leave it out, and all positions are there at once")
+
+
 def _settle(settings: Any, network: Any) -> Any:
     """Return the settings of a new run as its model makes them; refuse what does not fit the model."""
     limit = network.config.max_length_of_positions
     if getattr(settings, "grow_positions", False):
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("grow_positions works in one process: leave it out, and all positions are there at once")
         grow_positions(network, settings.length_at(0), settings.seed)
     elif settings.seq_len > limit:
         hint = "; or let them grow with grow_positions" if hasattr(settings, "grow_positions") else ""
@@ -223,6 +229,8 @@ def _on_top_of_preset(
         base.pop("standard_library", None)
     if training.get("max_steps") is not None or training.get("max_epochs") is not None:
         base.pop("max_minutes", None)
+    if training.get("seq_len_schedule") is not None:
+        base.pop("seq_len", None)
     return {**base, **training}, {**PRESETS[preset].model, **model}
 
 
