@@ -66,6 +66,19 @@ def test_a_language_model_with_a_vocabulary_writes_text(data, tmp_path):
     assert written.stdout.startswith("line 1 of")
 
 
+def test_streamed_text_of_growing_length_from_one_command(data, tmp_path):
+    sizes = [each for each in SIZES if each not in ("--seq-len", "64")]
+    schedules = ["--seq-len-schedule", "0:16,0.5:48", "--num-hashes-schedule", "0:1,2:2", "--eval-num-hashes", 3]
+    arguments = ["--text", data["book"], "--output", tmp_path / "run", "--streaming", "--grow-positions", *schedules]
+    result = run("train", *arguments, *sizes, "--sample-tokens", 0, "--eval-sequences", 1)
+    assert result.exit_code == 0, result.stderr
+    # Three steps of two sequences of 48, or as many shorter ones as have that many tokens.
+    assert "3 steps, 288 tokens" in result.stdout
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["num_hashes"] == 3
+    assert config["axial_pos_shape"] == [6, 8]
+
+
 def test_help_lists_the_tasks():
     result = run("train", "--help")
     assert result.exit_code == 0

@@ -7,6 +7,7 @@ import typer
 
 from flash_reformer.cli.convert import convert
 from flash_reformer.cli.errors import GRACE
+from flash_reformer.cli.evaluate import evaluate
 from flash_reformer.cli.generate import generate
 from flash_reformer.cli.tokenizer import tokenizer
 from flash_reformer.cli.train import app as train
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(train, name="train")
 app.command()(generate)
+app.command()(evaluate)
 app.command()(tokenizer)
 app.command()(convert)
 

@@ -36,30 +36,50 @@ def hold_out(documents: Sequence[Document], fraction: float) -> Split:
     documents = [document for document in documents if document.data]
     if not documents:
         raise ValueError("the text is empty: there is nothing to train on")
-    groups: dict[bytes, list[Document]] = {}
-    for document in documents:
-        groups.setdefault(hashlib.blake2b(document.data, digest_size=16).digest(), []).append(document)
-    if len(groups) < MIN_DOCUMENTS_TO_SPLIT:
+    digests = [hashlib.blake2b(document.data, digest_size=16).digest() for document in documents]
+    chosen = choose_held_out(digests, [len(document.data) for document in documents], fraction)
+    if chosen is None:
         return _hold_out_tails(documents, fraction)
-    wanted = fraction * sum(len(document.data) for document in documents)
+    return Split(*(tuple(documents[index] for index in side) for side in chosen))
+
+
+def choose_held_out(
+    digests: Sequence[bytes], sizes: Sequence[int], fraction: float
+) -> tuple[list[int], list[int]] | None:
+    """Choose documents by the hashes of their contents; return the numbers of those to learn from and of the others.
+
+    None where there are too few to split: their tails are to be held out (:func:`tail_start`).
+    """
+    groups: dict[bytes, list[int]] = {}
+    for index, digest in enumerate(digests):
+        groups.setdefault(digest, []).append(index)
+    if len(groups) < MIN_DOCUMENTS_TO_SPLIT:
+        return None
+    wanted = fraction * sum(sizes)
     chosen: set[bytes] = set()
     size = 0
     for digest in sorted(groups)[:-1]:
         if size >= wanted:
             break
         chosen.add(digest)
-        size += sum(len(document.data) for document in groups[digest])
-    held_out = [document for digest in sorted(chosen) for document in groups[digest]]
-    train = [document for digest, group in groups.items() if digest not in chosen for document in group]
-    return Split(tuple(train), tuple(held_out))
+        size += sum(sizes[index] for index in groups[digest])
+    held_out = [index for digest in sorted(chosen) for index in groups[digest]]
+    train = [index for digest, group in groups.items() if digest not in chosen for index in group]
+    return train, held_out
+
+
+def tail_start(size: int, fraction: float, name: str) -> int:
+    """Return the byte at which the part begins that is held out of a document of ``size`` bytes."""
+    cut = size - max(1, round(fraction * size))
+    if cut < 1:
+        raise ValueError(f"{name} holds {size} byte(s): too few to hold a part out")
+    return cut
 
 
 def _hold_out_tails(documents: Sequence[Document], fraction: float) -> Split:
     train, held_out = [], []
     for document in documents:
-        cut = len(document.data) - max(1, round(fraction * len(document.data)))
-        if cut < 1:
-            raise ValueError(f"{document.name} holds {len(document.data)} byte(s): too few to hold a part out")
+        cut = tail_start(len(document.data), fraction, document.name)
         train.append(Document(document.name, document.data[:cut]))
         held_out.append(Document(document.name, document.data[cut:]))
     return Split(tuple(train), tuple(held_out))

@@ -60,6 +60,14 @@ class Masking:
         return torch.where(real_BT, draw_BW.gather(1, word_BT), 1.0).amin(dim=1, keepdim=True)
 
 
+def word_row(text: Encoded, done: int, *, by_token: bool) -> dict[str, Tensor]:
+    """Return ``input_ids`` and ``words`` of a block, both int64 of shape ``[length]``. What is ``done`` counts too."""
+    words = text.words.astype(np.int64)
+    if by_token:
+        words = np.where(words == NO_WORD, NO_WORD, np.arange(len(words)))
+    return {"input_ids": torch.from_numpy(text.ids.astype(np.int64)), "words": torch.from_numpy(words)}
+
+
 class WordBlocks(PackedBlocks):
     """Blocks of ``length`` tokens with their words, each token in one block but for those of the last."""
 
@@ -77,11 +85,9 @@ class WordBlocks(PackedBlocks):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return ``input_ids`` and ``words`` of one block, both int64 of shape ``[length]``."""
-        place, _ = self.place(index)
-        words = self.text.words[place].astype(np.int64)
-        if self.by_token:
-            words = np.where(words == NO_WORD, NO_WORD, np.arange(len(words)))
-        return {"input_ids": torch.from_numpy(self.text.ids[place].astype(np.int64)), "words": torch.from_numpy(words)}
+        place, done = self.place(index)
+        text = Encoded(self.text.ids[place], self.text.byte_counts[place], self.text.words[place])
+        return word_row(text, done, by_token=self.by_token)
 
 
 class MaskedBlocks(Dataset[dict[str, Tensor]]):

@@ -62,10 +62,10 @@ def peak_memory() -> int | None:
 class ProgressCallback(TrainerCallback):
     """Tells ``report`` about each step, evaluation and checkpoint of a `transformers.Trainer`."""
 
-    def __init__(self, report: Report, budget: Budget, tokens_per_step: float, measure: Measure) -> None:
+    def __init__(self, report: Report, budget: Budget, tokens_of: Callable[[int], float], measure: Measure) -> None:
         self.report = report
         self.budget = budget
-        self.tokens_per_step = tokens_per_step
+        self.tokens_of = tokens_of
         self.measure = measure
         names = (measure.name, measure.name if measure.training_key == measure.key else measure.training_key)
         self.now = Progress("start", measure=names[0], training_measure=names[1])
@@ -97,7 +97,7 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report speed and time left."""
         self._busy += self.budget.seconds - self._step_began
-        tokens = round((state.global_step - self._first_step) * self.tokens_per_step)
+        tokens = round(self.tokens_of(state.global_step) - self.tokens_of(self._first_step))
         fraction = self.budget.fraction(state.global_step)
         gained = fraction - self._first_fraction
         spent = self.budget.seconds - self._first_seconds

@@ -1,5 +1,6 @@
 """Training recipes: from data to a saved model, on `transformers.Trainer`."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -16,6 +17,7 @@ from flash_reformer.models.configuration_reformer import ReformerConfig
 from flash_reformer.training import ranks
 from flash_reformer.training.budget import Budget
 from flash_reformer.training.curve import save_loss_curve
+from flash_reformer.training.lengths import StreamPosition, fitting_shape, grow_positions
 from flash_reformer.training.presets import PRESETS, axial_shape
 from flash_reformer.training.progress import ProgressCallback, Report, peak_memory
 from flash_reformer.training.quiet import quiet_transformers
@@ -98,8 +100,9 @@ def _train(
         prepared, network = _prepare(kind, settings, fields)
 
     def prepare() -> None:
+        prepared.warn()
         prepare_folder(settings.output, overwrite=overwrite)
-        write_settings(kind.name, settings)
+        write_settings(kind.name, prepared.settings)
 
     ranks.on_main(prepare)
     return _run(prepared, network, None, report, callbacks)
@@ -108,6 +111,7 @@ def _train(
 def _prepare(kind: type[Task], settings: TrainingSettings, fields: dict[str, Any]) -> tuple[Task, Any]:
     """Read the data and make the model, or refuse; nothing is written."""
     settings.check_complete()
+    _check_processes(settings)
     if settings.init_from is not None and fields:
         raise ValueError(f"init_from brings its own model: it contradicts {', '.join(sorted(fields))}")
     if settings.init_from is None:
@@ -118,9 +122,7 @@ def _prepare(kind: type[Task], settings: TrainingSettings, fields: dict[str, Any
         prepared.check_model(network)
     else:
         network = build_model(prepared, fields)
-    limit = network.config.max_length_of_positions
-    if settings.seq_len > limit:
-        raise ValueError(f"seq_len must be at most {limit}, the positions of the model; got {settings.seq_len}")
+    prepared.settings = _settle(settings, network)
     return prepared, network
 
 
@@ -178,12 +180,39 @@ def _resume(
 
     with ranks.together():
         settings.check_complete()
+        _check_processes(settings)
     ranks.on_main(prepare)
     with ranks.together():
         prepared = kind(settings, find_vocabulary(settings))
         network = _load(prepared, str(checkpoint), "checkpoint")
     ranks.on_main(functools.partial(write_settings, kind.name, settings))
     return _run(prepared, network, checkpoint, report, callbacks)
+
+
+def _check_processes(settings: Any) -> None:
+    if getattr(settings, "grow_positions", False) and ranks.world_size() > 1:
+        # Engines of several processes know their parameters from the start.
+        raise ValueError("grow_positions works in one process: leave it out, and all positions are there at once")
+
+
+def _settle(settings: Any, network: Any) -> Any:
+    """Return the settings of a new run as its model makes them; refuse what does not fit the model."""
+    limit = network.config.max_length_of_positions
+    if getattr(settings, "grow_positions", False):
+        grow_positions(network, settings.length_at(0), settings.seed)
+    elif settings.seq_len > limit:
+        hint = "; or let them grow with grow_positions" if hasattr(settings, "grow_positions") else ""
+        raise ValueError(f"seq_len must be at most {limit}, the positions of the model; got {settings.seq_len}{hint}")
+    if settings.rounds is None and settings.eval_num_hashes is None:
+        return settings
+    if "lsh" not in network.config.attn_layers:
+        name = "eval_num_hashes" if settings.rounds is None else "num_hashes_schedule"
+        raise ValueError(f"{name} would have no effect: attn_layers has no 'lsh' layer")
+    if settings.rounds is None:
+        # Written down, since the config of every checkpoint will say how many rounds evaluation takes.
+        settings = dataclasses.replace(settings, num_hashes_schedule=f"0:{network.config.num_hashes}")
+    network.config.num_hashes = settings.eval_num_hashes or settings.rounds.values[-1]
+    return settings
 
 
 def train_clm(training: Mapping[str, Any], model: Mapping[str, Any] | None = None, **options: Any) -> TrainingResult:
@@ -227,6 +256,13 @@ def build_model(task: Task, fields: Mapping[str, Any]) -> Any:
         "max_position_embeddings": shape[0] * shape[1],
     }
     config = ReformerConfig(**{**fitting, **sizes, **dictated})
+    if getattr(task.settings, "grow_positions", False):
+        # The trailing axes are those of the longest length, so that only the first one grows.
+        first = task.settings.length_at(0)
+        if not config.axial_pos_embds:
+            config.max_position_embeddings = first
+        elif config.max_length_of_positions > first:
+            config.axial_pos_shape = fitting_shape(config.axial_pos_shape, first)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.settings.seed)
         return task.model_class(config)
@@ -245,13 +281,16 @@ def _on_top_of_preset(
         base.pop("standard_library", None)
     if training.get("max_steps") is not None or training.get("max_epochs") is not None:
         base.pop("max_minutes", None)
+    if training.get("seq_len_schedule") is not None:
+        base.pop("seq_len", None)
     return {**base, **training}, {**PRESETS[preset].model, **model}
 
 
 def _check_limit(settings: TrainingSettings, fields: Mapping[str, Any]) -> None:
     """Refuse a position table that is too small before reading data that may take long."""
     limit = math.prod(fields.get("axial_pos_shape", [settings.seq_len]))
-    if fields.get("axial_pos_embds", True) and settings.seq_len > limit:
+    grows = getattr(settings, "grow_positions", False)
+    if fields.get("axial_pos_embds", True) and settings.seq_len > limit and not grows:
         raise ValueError(f"seq_len must be at most {limit}, the positions of the model; got {settings.seq_len}")
 
 
@@ -269,17 +308,28 @@ def _load(task: Task, folder: str, name: str) -> Any:
                 # The Trainer fills it from the shards.
                 return task.model_class(ReformerConfig.from_dict(saved))
             architecture = (saved.get("architectures") or [""])[0]
-            return task.model_class.from_pretrained(folder, **task.loading_fields(architecture))
+            model = task.model_class.from_pretrained(folder, **task.loading_fields(architecture))
+            return _with_automatic_buckets(model)
     except Exception as error:
         # Loaders raise dozens of kinds; what was to be loaded must be said with each.
         raise ValueError(f"{name} {folder} cannot be loaded: {error}") from error
+
+
+def _with_automatic_buckets(model: Any) -> Any:
+    """Let evaluations in training derive buckets from each length, as those before a resumption did."""
+    config = model.config
+    if config.num_buckets_automatic and config.num_buckets is not None:
+        trained = [config.num_buckets] if isinstance(config.num_buckets, int) else list(config.num_buckets)
+        config.num_buckets = None
+        config.trained_num_buckets = trained
+    return model
 
 
 def _budget(task: Task, checkpoint: Path | None) -> Budget:
     settings, steps = task.settings, task.settings.max_steps
     if settings.max_epochs is not None:
         per_step = settings.batch_size * settings.gradient_accumulation * ranks.world_size()
-        by_epochs = max(1, math.ceil(settings.max_epochs * len(task.train) / per_step))  # type: ignore[arg-type]
+        by_epochs = max(1, math.ceil(settings.max_epochs * task.rows_per_pass / per_step))
         steps = by_epochs if steps is None else min(steps, by_epochs)
     before = 0.0 if checkpoint is None else seconds_spent(checkpoint_state(checkpoint))
     return Budget(steps, settings.max_minutes, before)
@@ -297,11 +347,9 @@ def _run(
     done = 0 if checkpoint is None else checkpoint_state(checkpoint).global_step
     if budget.fraction(done) >= 1.0:
         raise ValueError(f"{checkpoint} is already at the end of its run: raise --max-steps or --max-minutes to go on")
-    rows_per_step = settings.batch_size * settings.gradient_accumulation * ranks.world_size()
-    tokens_per_step = rows_per_step * task.tokens_per_row
     watchers = []
     if report is not None and ranks.is_main():
-        watchers.append(ProgressCallback(report, budget, tokens_per_step, task.measure))
+        watchers.append(ProgressCallback(report, budget, functools.partial(_tokens_of, task), task.measure))
     trainer = TaskTrainer(
         task,
         budget,
@@ -310,6 +358,10 @@ def _run(
         processing_class=task.vocabulary.tokenizer,
     )
     trainer.args.eval_on_start = checkpoint is None
+    if checkpoint is not None:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, StreamPosition):
+                callback.restore(checkpoint_state(checkpoint))
     # Where `truncation=True` cuts and the pipeline lays windows: what was trained on, or all that fits.
     limit = settings.seq_len if task.cuts_texts else network.config.max_length_of_positions
     task.vocabulary.tokenizer.model_max_length = limit
@@ -317,9 +369,13 @@ def _run(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = budget.seconds
         trainer.save_final_model()
-        facts = {"seconds": round(seconds, 1), "tokens_per_step": tokens_per_step}
-        left = ranks.on_main(functools.partial(_finish, task, trainer, facts))
+        left = ranks.on_main(functools.partial(_finish, task, trainer, {"seconds": round(seconds, 1)}))
         return TrainingResult(task, *left)
+
+
+def _tokens_of(task: Task, steps: int) -> float:
+    """Tokens that all ranks together train on in their first ``steps`` steps."""
+    return task.tokens_of(steps) * ranks.world_size()
 
 
 def _finish(
@@ -348,7 +404,7 @@ def _finish(
         f"held_out_{task.measure.key}_at_start": judged[0][f"eval_{task.measure.key}"],
         "kept_step": kept["step"],
         "steps": trainer.state.global_step,
-        "tokens": round(trainer.state.global_step * facts["tokens_per_step"]),
+        "tokens": round(_tokens_of(task, trainer.state.global_step)),
         "seconds": facts["seconds"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "peak_memory_bytes": peak_memory(),

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from flash_reformer.training.schedules import Schedule
+
 PRECISIONS = ("fp32", "bf16", "fp16")
 PARALLEL = ("ddp", "fsdp")
 
@@ -55,6 +57,15 @@ class TrainingSettings:
     max_minutes: float | None = option(
         None, "Stop after so many minutes of training; the schedule follows the clock, so runs differ.", "Run"
     )
+    num_hashes_schedule: str | None = option(
+        None,
+        "Rounds of hashing as training goes, START:ROUNDS,...: from these steps or fractions of the run on, such as "
+        "0:1,0.5:2.",
+        "Model",
+    )
+    eval_num_hashes: int | None = option(
+        None, "Rounds of hashing in evaluations and in the model that is saved; else those training ends with.", "Model"
+    )
     seq_len: int = option(4096, "Tokens per sequence, at most.", "Data")
     batch_size: int = option(1, "Sequences per step and device.", "Optimizer")
     gradient_accumulation: int = option(1, "Batches whose gradients are summed into one step.", "Optimizer")
@@ -91,7 +102,7 @@ class TrainingSettings:
         """Return what each setting may be: in words, and as a test."""
         counts = (
             "batch_size gradient_accumulation save_total_limit log_interval max_steps eval_interval save_interval "
-            "early_stopping"
+            "early_stopping eval_num_hashes"
         )
         return {
             **dict.fromkeys(counts.split(), at_least(1)),
@@ -113,6 +124,13 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        _ = self.rounds  # is refused here if it is none
+
+    @property
+    def rounds(self) -> Schedule | None:
+        """How many rounds of hashing training takes as it goes, or None where it does not change."""
+        text = self.num_hashes_schedule
+        return None if text is None else Schedule.parse(text, "num_hashes_schedule", low=1)
 
     def check_complete(self) -> None:
         """Refuse settings from which no run can start."""
@@ -150,11 +168,75 @@ class TextSettings(TrainingSettings):
     text_column: str = option("text", "Column of the dataset that holds the text.", "Data")
     standard_library: bool = option(False, "Train on the source of this Python's standard library.", "Data")
     held_out: float = option(0.05, "Fraction of the text set aside for evaluation.", "Data")
+    streaming: bool = option(False, "Read and tokenize the text as training goes: it is never in memory whole.", "Data")
+    shuffle_tokens: int = option(
+        2**21, "Tokens whose sequences are mixed at a time, with --streaming or --seq-len-schedule.", "Data"
+    )
+    seq_len_schedule: str | None = option(
+        None,
+        "Lengths of the sequences as training goes, START:LENGTH,...: from these steps or fractions of the run on, "
+        "such as 0:4096,0.5:16384. --batch-size counts sequences of the longest.",
+        "Data",
+    )
+    grow_positions: bool = option(
+        False, "Add positions to the model when sequences outgrow them, in place of having all from the start.", "Model"
+    )
     eval_sequences: int = option(8, "Held-out sequences per evaluation.", "Reports")
 
     def limits(self) -> dict[str, tuple[str, Callable[[Any], bool]]]:
         """Return what each setting may be."""
-        return {**super().limits(), "eval_sequences": at_least(1), "held_out": FRACTION}
+        counts = dict.fromkeys(("eval_sequences", "shuffle_tokens"), at_least(1))
+        return {**super().limits(), **counts, "held_out": FRACTION}
+
+    @classmethod
+    def with_end(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Add the task's own number of steps where no end is given, and the longest length of a schedule."""
+        text = given.get("seq_len_schedule")
+        if text is not None and given.get("seq_len") is None:
+            given = {**given, "seq_len": max(Schedule.parse(text, "seq_len_schedule", low=2).values)}
+        return super().with_end(given)
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense, by the name of the setting."""
+        super().__post_init__()
+        lengths = self.lengths
+        if lengths is not None and self.seq_len != max(lengths.values):
+            raise ValueError(
+                f"seq_len must be {max(lengths.values)}, the longest of seq_len_schedule {self.seq_len_schedule!r}, "
+                f"got {self.seq_len}"
+            )
+
+    @property
+    def lengths(self) -> Schedule | None:
+        """How long sequences are as training goes, or None where that does not change."""
+        text = self.seq_len_schedule
+        return None if text is None else Schedule.parse(text, "seq_len_schedule", low=2)
+
+    @property
+    def streams(self) -> bool:
+        """Whether blocks are made as training goes."""
+        return self.streaming or self.seq_len_schedule is not None
+
+    def length_at(self, step: int) -> int:
+        """Return the length of the sequences of the step after ``step`` steps."""
+        if self.lengths is None:
+            return self.seq_len
+        return self.lengths.at(step, 0.0 if self.max_steps is None else step / self.max_steps)
+
+    def check_complete(self) -> None:
+        """Refuse settings from which no run can start."""
+        super().check_complete()
+        if self.lengths is None:
+            return
+        name = f"seq_len_schedule {self.seq_len_schedule!r}"
+        if self.max_epochs is not None:
+            raise ValueError(f"{name} and max_epochs contradict each other: give max_steps")
+        if self.lengths.by_fraction and (self.max_steps is None or self.max_minutes is not None):
+            # A clock would give every run, and every process of it, other lengths.
+            raise ValueError(f"{name} with fractions of the run needs max_steps alone; or give starts in steps")
+        if self.keep == "best" or self.early_stopping is not None:
+            asked = "keep 'best'" if self.keep == "best" else f"early_stopping {self.early_stopping}"
+            raise ValueError(f"{name} contradicts {asked}: evaluations at different lengths do not compare")
 
     def check_sources(self) -> None:
         """Refuse no text, or two sources of it."""
@@ -165,6 +247,8 @@ class TextSettings(TrainingSettings):
         if not given:
             raise ValueError(f"no text to train on: give one of {', '.join(sources)}")
         self.refuse_without(self.dataset is not None, "text_column dataset_split", "--dataset, which is not given")
+        about = "--streaming or --seq-len-schedule, which are not given"
+        self.refuse_without(self.streams, "shuffle_tokens", about)
 
 
 @dataclass(frozen=True)

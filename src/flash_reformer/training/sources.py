@@ -19,30 +19,41 @@ _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 
 def read_text_files(paths: Sequence[str | Path]) -> list[Document]:
     """Read files as raw bytes, whatever their encoding, one document each."""
-    documents = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            raise ValueError(f"--text {path} is a folder: name the files in it")
-        if not path.is_file():
-            raise ValueError(f"--text {path}: there is no such file")
-        documents.append(Document(str(path), path.read_bytes()))
+    documents = [Document(str(path), path.read_bytes()) for path in check_files(paths)]
     if not any(document.data for document in documents):
         raise ValueError(f"--text {', '.join(map(str, paths))}: nothing to train on, no byte in it")
     return documents
 
 
+def check_files(paths: Sequence[str | Path], *, flag: str = "--text") -> list[Path]:
+    """Return paths that must be files, or raise ``ValueError`` that names the ``flag``."""
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            raise ValueError(f"{flag} {path} is a folder: name the files in it")
+        if not path.is_file():
+            raise ValueError(f"{flag} {path}: there is no such file")
+        found.append(path)
+    return found
+
+
 def read_standard_library() -> list[Document]:
     """Read the source of the running Python's standard library, without its tests, in order of path."""
+    root, paths = standard_library_files()
+    return [Document(path.as_posix(), (root / path).read_bytes()) for path in paths]
+
+
+def standard_library_files() -> tuple[Path, list[Path]]:
+    """Return the folder of the running Python's standard library and its files without tests, in order."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path.relative_to(root) for path in root.rglob("*.py")]
     paths = sorted((path for path in paths if not _LEFT_OUT & set(path.parts)), key=lambda path: path.as_posix())
-    documents = [Document(path.as_posix(), (root / path).read_bytes()) for path in paths]
-    if not documents:
+    if not paths:
         raise ValueError(f"this Python has no source of its standard library under {root}: use --text FILE instead")
-    return documents
+    return root, paths
 
 
-def read_rows(name: str, split: str, *, flag: str = "--dataset") -> Any:
+def read_rows(name: str, split: str, *, flag: str = "--dataset", streaming: bool = False) -> Any:
     """Read one part of a dataset as a table of the package `datasets`.
 
     Args:
@@ -50,6 +61,7 @@ def read_rows(name: str, split: str, *, flag: str = "--dataset") -> Any:
             ``datasets.save_to_disk`` wrote, or else the name of a dataset on the hub.
         split: the part of the dataset to read; a file is all of it.
         flag: what asked for it, for messages.
+        streaming: return rows that are read one after the other, a ``datasets.IterableDataset``.
     """
     try:
         import datasets
@@ -60,7 +72,7 @@ def read_rows(name: str, split: str, *, flag: str = "--dataset") -> Any:
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        return _load(datasets, name, split)
+        return _load(datasets, name, split, streaming)
     except Exception as error:
         # `datasets` raises dozens of kinds, the telling one inside another; its first line says what was wrong.
         told = error.__cause__ or error
@@ -74,10 +86,12 @@ def read_rows(name: str, split: str, *, flag: str = "--dataset") -> Any:
 
 def check_columns(rows: Any, name: str, **columns: str) -> None:
     """Refuse columns that a table does not have; ``columns`` are names of flags and what they say."""
+    # Rows that are streamed may not know their columns before the first is read.
+    names = rows.column_names or list(next(iter(rows), {}))
     for option, column in columns.items():
-        if column not in rows.column_names:
+        if column not in names:
             flag = "--" + option.replace("_", "-")
-            raise ValueError(f"{flag} {column!r} is no column of {name}; it has {', '.join(rows.column_names)}")
+            raise ValueError(f"{flag} {column!r} is no column of {name}; it has {', '.join(names)}")
 
 
 def is_missing_folder(name: str) -> bool:
@@ -108,18 +122,19 @@ def read_dataset(name: str, *, column: str = "text", split: str = "train") -> li
     return documents
 
 
-def _load(datasets: Any, name: str, split: str) -> Any:
+def _load(datasets: Any, name: str, split: str, streaming: bool) -> Any:
     path = Path(name)
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
         loaded = datasets.load_from_disk(str(path))
-        return loaded[split] if isinstance(loaded, dict) else loaded
+        rows = loaded[split] if isinstance(loaded, dict) else loaded
+        return rows.to_iterable_dataset() if streaming else rows
     if path.exists():
         reader, files = _reader_of(path, split)
         options = {"sample_by": "document"} if reader == "text" else {}
-        return datasets.load_dataset(reader, data_files={split: files}, split=split, **options)
+        return datasets.load_dataset(reader, data_files={split: files}, split=split, streaming=streaming, **options)
     if path.suffix in _READERS or path.is_absolute() or name.startswith("."):
         raise ValueError("there is no such file")
-    return datasets.load_dataset(name, split=split)
+    return datasets.load_dataset(name, split=split, streaming=streaming)
 
 
 def files_of_split(path: Path, split: str) -> list[Path]:

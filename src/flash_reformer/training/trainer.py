@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
@@ -18,6 +19,7 @@ from transformers import (
 
 from flash_reformer.training import ranks
 from flash_reformer.training.budget import Budget
+from flash_reformer.training.lengths import GrowingPositions, StreamPosition
 from flash_reformer.training.run_folder import prune_checkpoints
 from flash_reformer.training.settings import TrainingSettings
 from flash_reformer.training.sharding import fsdp_config, use_fsdp
@@ -85,6 +87,10 @@ class TaskTrainer(Trainer):
             callbacks.append(EarlyStoppingCallback(self.settings.early_stopping))
         if self.settings.tensorboard:
             callbacks.append(_tensorboard(self.settings.output))
+        if task.stream is not None:
+            callbacks.append(StreamPosition(task.stream))
+        if getattr(self.settings, "grow_positions", False):
+            callbacks.append(GrowingPositions(task.settings, task.vocabulary.tokenizer))
         use_cache = bool(kwargs["model"].config.use_cache)
         super().__init__(
             args=training_arguments(task, use_cache),
@@ -105,7 +111,21 @@ class TaskTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Give the model what the task makes of a batch."""
         inputs = self.task.model_inputs(inputs)
+        if self.settings.rounds is not None and model.training:
+            step = self.state.global_step
+            inputs = {**inputs, "num_hashes": self.settings.rounds.at(step, self.budget.fraction(step))}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the batches of this process; a stream takes its share by itself, whole batches at a time."""
+        stream = self.task.stream
+        if stream is None:
+            return super().get_train_dataloader()
+        stream.share(self.args.process_index, self.args.world_size)
+        # A generator of its own: without one, every start of an iteration would move torch's default generator.
+        return DataLoader(
+            stream, batch_size=None, generator=torch.Generator(), pin_memory=self.args.dataloader_pin_memory
+        )
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -160,6 +180,8 @@ class TaskTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate with the same random rotations each time, and without moving the generator that training uses."""
+        self.task.prepare_evaluation(self.state.global_step)
+        self.eval_dataset = self.task.held_out
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.settings.seed)
@@ -239,6 +261,8 @@ def training_arguments(task: Task, use_cache: bool) -> TrainingArguments:
         label_names=list(task.label_names),
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
+        # A stream knows by itself where to go on.
+        ignore_data_skip=task.stream is not None,
         disable_tqdm=True,
         use_cache=use_cache,
         report_to="none",

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from flash_reformer.training.settings import TrainingSettings
+from flash_reformer.training.stream_blocks import BlockStream
 from flash_reformer.training.vocabulary import Vocabulary
 
 Rows = Dataset[dict[str, torch.Tensor]]
@@ -56,7 +57,7 @@ class Task(ABC):
     loss_only: ClassVar[bool] = True
     cuts_texts: ClassVar[bool] = False
 
-    train: Rows
+    train: Rows | BlockStream
     held_out: Rows
 
     def __init__(self, settings: Any, vocabulary: Vocabulary) -> None:
@@ -93,6 +94,28 @@ class Task(ABC):
     def tokens_per_row(self) -> float:
         """Tokens of a training row, on average, for the report of speed."""
         return float(self.settings.seq_len)
+
+    def tokens_of(self, steps: int) -> float:
+        """Tokens that a process trains on in its first ``steps`` steps."""
+        return steps * self.settings.batch_size * self.settings.gradient_accumulation * self.tokens_per_row
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Training rows in a pass over the data."""
+        return len(self.train)  # type: ignore[arg-type]
+
+    @property
+    def stream(self) -> BlockStream | None:
+        """The training data where it is made as training goes."""
+        return self.train if isinstance(self.train, BlockStream) else None
+
+    def warn(self) -> None:
+        """Warn of data that is less than what was asked for."""
+        return
+
+    def prepare_evaluation(self, steps: int) -> None:
+        """Set ``held_out`` to what is judged after ``steps`` steps; for most tasks that never changes."""
+        return
 
     def collate(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Make a batch of rows of one length."""
