@@ -1,10 +1,9 @@
 """Training recipes: from data to a saved model, on `transformers.Trainer`."""
 
-import json
+import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +12,35 @@ from transformers import PreTrainedConfig, TrainerCallback
 
 from flash_reformer.models.configuration_reformer import ReformerConfig
 from flash_reformer.training.budget import Budget
-from flash_reformer.training.curve import save_loss_curve
+from flash_reformer.training.checkpoints import own_checkpoints, step_of
 from flash_reformer.training.presets import PRESETS, axial_shape
-from flash_reformer.training.progress import ProgressCallback, Report, peak_memory
+from flash_reformer.training.progress import ProgressCallback, Report
 from flash_reformer.training.quiet import quiet_transformers
+from flash_reformer.training.ranks import joined, on_main, rank, world_size
+from flash_reformer.training.results import TrainingResult, finish, left_by
 from flash_reformer.training.run_folder import (
+    check_same_run,
+    check_writable,
     checkpoint_state,
     find_checkpoint,
+    has_ended,
+    holds_run,
     prepare_folder,
+    recorded_cpu,
     recorded_task,
     resumed_settings,
     write_settings,
 )
 from flash_reformer.training.settings import TrainingSettings
+from flash_reformer.training.signals import Terminated, stop_on_sigterm
 from flash_reformer.training.sources import is_missing_folder
 from flash_reformer.training.tasks import TASKS, Task
-from flash_reformer.training.trainer import TaskTrainer, seconds_spent, uses_gpu
+from flash_reformer.training.trainer import TaskTrainer, bad_evaluations, seconds_spent, uses_gpu
 from flash_reformer.training.vocabulary import Vocabulary
 
 
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a run leaves behind.
-
-    Attributes:
-        task: the kind of training.
-        metrics: the content of ``metrics.json``.
-        sample: the prompt and the text that the model wrote after it; empty where none was asked for.
-        paths: everything written, by what it is.
-    """
-
-    task: Task
-    metrics: dict[str, Any]
-    sample: tuple[str, str]
-    paths: dict[str, Path]
+class LostRankError(RuntimeError):
+    """Another rank of the run has died or is out of reach, so this one cannot go on."""
 
 
 def train(
@@ -56,6 +50,7 @@ def train(
     *,
     preset: str | None = None,
     overwrite: bool = False,
+    auto_resume: bool = False,
     report: Report | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
@@ -68,11 +63,14 @@ def train(
             the vocabulary, the task and ``seq_len`` dictate.
         preset: name of a starting point in ``PRESETS`` which ``training`` and ``model`` come on top of.
         overwrite: remove an earlier run in the output folder.
+        auto_resume: go on with the run in the output folder, if it is this one; where it has ended, return what it
+            left. So one command line starts a run and, given again after any failure, goes on with it.
         report: is told how the run goes.
         callbacks: more `transformers` callbacks.
 
-    Raises ``ValueError`` for bad settings and bad data before anything is written. Seeds torch's, numpy's and
-    Python's default generators, as the Trainer does.
+    A first SIGTERM lets the run finish its step, save and raise `Terminated`. Raises `DivergedError` where a loss or
+    gradient is not finite, ``OSError`` where the model cannot be saved, ``ValueError`` for bad settings and bad data
+    before anything is written. Seeds torch's, numpy's and Python's default generators, as the Trainer does.
     """
     kind = task_class(task)
     given, fields = dict(training), dict(model or {})
@@ -80,7 +78,18 @@ def train(
         given, fields = _on_top_of_preset(task, preset, given, fields)
     settings = kind.settings_class(**kind.settings_class.with_end(given))
     settings.check_complete()
-    uses_gpu(settings)
+    with joined(uses_gpu(settings)):
+        if auto_resume and overwrite:
+            raise ValueError("auto_resume and overwrite contradict each other: go on with a run, or remove it?")
+        if auto_resume and on_main(lambda: _is_to_go_on(task, settings, fields)):
+            return _go_on(settings, task, report, callbacks)
+        network, prepared = _prepared(kind, settings, fields)
+        on_main(lambda: _open_folder(task, settings, fields, overwrite or auto_resume))
+        return _run(prepared, network, None, report, callbacks)
+
+
+def _prepared(kind: type[Task], settings: TrainingSettings, fields: Mapping[str, Any]) -> tuple[Any, Task]:
+    """Return a new run's model and task."""
     if settings.init_from is not None and fields:
         raise ValueError(f"init_from brings its own model: it contradicts {', '.join(sorted(fields))}")
     if settings.init_from is None:
@@ -94,9 +103,27 @@ def train(
     limit = network.config.max_length_of_positions
     if settings.seq_len > limit:
         raise ValueError(f"seq_len must be at most {limit}, the positions of the model; got {settings.seq_len}")
+    return network, prepared
+
+
+def _open_folder(task: str, settings: TrainingSettings, fields: Mapping[str, Any], overwrite: bool) -> None:
     prepare_folder(settings.output, overwrite=overwrite)
-    write_settings(task, settings)
-    return _run(prepared, network, None, report, callbacks)
+    write_settings(task, settings, fields)
+
+
+def _is_to_go_on(task: str, settings: TrainingSettings, fields: Mapping[str, Any]) -> bool:
+    """Say whether this very run has left something to go on from."""
+    if not holds_run(settings.output):
+        return False
+    usual = {**ReformerConfig().to_dict(), **task_class(task).model_defaults}
+    return check_same_run(task, settings, fields, usual)
+
+
+def _go_on(
+    settings: TrainingSettings, task: str, report: Report | None, callbacks: Sequence[TrainerCallback]
+) -> TrainingResult:
+    asked = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return _resume(asked, None, task, report, callbacks, again=True)
 
 
 def resume(
@@ -118,7 +145,21 @@ def resume(
         report: is told how the run goes.
         callbacks: more `transformers` callbacks.
     """
-    checkpoint = find_checkpoint(resume_from, training.get("output", ""))
+    on_cpu = training.get("cpu", recorded_cpu(resume_from, training.get("output", "")))
+    with joined(torch.cuda.is_available() and not on_cpu):
+        return _resume(training, resume_from, task, report, callbacks, again=False)
+
+
+def _resume(
+    training: Mapping[str, Any],
+    resume_from: str | None,
+    task: str | None,
+    report: Report | None,
+    callbacks: Sequence[TrainerCallback],
+    *,
+    again: bool,
+) -> TrainingResult:
+    checkpoint = on_main(lambda: find_checkpoint(resume_from, training.get("output", "")))
     recorded = recorded_task(checkpoint)
     if task is not None and recorded != task:
         raise ValueError(f"{checkpoint} belongs to a run of {recorded}, not of {task}")
@@ -126,11 +167,15 @@ def resume(
     settings = resumed_settings(checkpoint, kind.settings_class, training)
     settings.check_complete()
     uses_gpu(settings)
-    if Path(settings.output).resolve() != checkpoint.parent.resolve():
-        prepare_folder(settings.output, overwrite=False)
     prepared = kind(settings, find_vocabulary(settings))
+    if Path(settings.output).resolve() != checkpoint.parent.resolve():
+        on_main(lambda: prepare_folder(settings.output, overwrite=False))
+    else:
+        on_main(lambda: check_writable(Path(settings.output)))
     network = _load(prepared, str(checkpoint), "checkpoint")
-    write_settings(recorded, settings)
+    if again and _is_over(prepared, checkpoint) and has_ended(settings.output, checkpoint):
+        return left_by(prepared)
+    on_main(lambda: write_settings(recorded, settings, checkpoint=checkpoint))
     return _run(prepared, network, checkpoint, report, callbacks)
 
 
@@ -232,6 +277,13 @@ def _budget(task: Task, checkpoint: Path | None) -> Budget:
     return Budget(steps, settings.max_minutes, before)
 
 
+def _is_over(task: Task, checkpoint: Path) -> bool:
+    """Say whether a run had nothing left to train when it wrote this checkpoint."""
+    state, patience = checkpoint_state(checkpoint), task.settings.early_stopping
+    stopped_early = patience is not None and bad_evaluations(state) >= patience
+    return stopped_early or _budget(task, checkpoint).fraction(state.global_step) >= 1.0
+
+
 def _run(
     task: Task,
     network: Any,
@@ -241,68 +293,53 @@ def _run(
 ) -> TrainingResult:
     settings: TrainingSettings = task.settings
     budget = _budget(task, checkpoint)
-    done = 0 if checkpoint is None else checkpoint_state(checkpoint).global_step
-    if budget.fraction(done) >= 1.0:
-        raise ValueError(f"{checkpoint} is already at the end of its run: raise --max-steps or --max-minutes to go on")
+    over = checkpoint is not None and _is_over(task, checkpoint)
+    if checkpoint is not None and over and has_ended(settings.output, checkpoint):
+        raise ValueError(
+            f"{checkpoint} is already at the end of its run: raise --max-steps or --max-minutes (or --early-stopping, "
+            "if it has stopped early) to go on"
+        )
     tokens_per_step = settings.batch_size * settings.gradient_accumulation * task.tokens_per_row
     watchers = [] if report is None else [ProgressCallback(report, budget, tokens_per_step, task.measure)]
-    trainer = TaskTrainer(
-        task,
-        budget,
-        model=network,
-        callbacks=[*watchers, *callbacks],
-        processing_class=task.vocabulary.tokenizer,
-    )
-    trainer.args.eval_on_start = checkpoint is None
-    # Where `truncation=True` cuts and the pipeline lays windows: what was trained on, or all that fits.
-    limit = settings.seq_len if task.cuts_texts else network.config.max_length_of_positions
-    task.vocabulary.tokenizer.model_max_length = limit
-    with quiet_transformers():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with stop_on_sigterm() as request, quiet_transformers():
+        trainer = TaskTrainer(
+            task,
+            budget,
+            request,
+            model=network,
+            callbacks=[*watchers, *callbacks],
+            processing_class=task.vocabulary.tokenizer,
+        )
+        trainer.args.eval_on_start = checkpoint is None
+        trainer.over = over
+        # Where `truncation=True` cuts and the pipeline lays windows: what was trained on, or all that fits.
+        limit = settings.seq_len if task.cuts_texts else network.config.max_length_of_positions
+        task.vocabulary.tokenizer.model_max_length = limit
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except RuntimeError as error:
+            lost = _lost_rank(error, trainer)
+            if lost is None:
+                raise
+            raise lost from error
+        if trainer.rhythm.terminated:
+            raise Terminated(_where(trainer, "SIGTERM"))
         seconds = budget.seconds
         trainer.save_model()
-        return _finish(task, trainer, {"seconds": round(seconds, 1), "tokens_per_step": tokens_per_step})
+        return finish(task, trainer, {"seconds": round(seconds, 1), "tokens_per_step": tokens_per_step})
 
 
-def _finish(task: Task, trainer: TaskTrainer, facts: Mapping[str, Any]) -> TrainingResult:
-    folder = Path(task.settings.output)
-    model: Any = trainer.model
-    history = trainer.state.log_history
-    judged = [entry for entry in history if f"eval_{task.measure.key}" in entry]
-    kept = judged[-1]
-    if task.settings.keep == "best":
-        better = max if task.measure.greater_is_better else min
-        # The first evaluation comes before training: no checkpoint holds its weights.
-        after = [entry for entry in judged if entry["step"] > 0]
-        kept = better(after, key=lambda entry: entry[f"eval_{task.measure.key}"])
-    left_out = ("runtime", "samples_per_second", "steps_per_second")
-    qualities = {
-        name.removeprefix("eval_"): value
-        for name, value in kept.items()
-        if name.startswith("eval_") and not name.endswith(left_out)
-    }
-    metrics = {
-        "task": task.name,
-        **{f"held_out_{name}": value for name, value in qualities.items()},
-        f"held_out_{task.measure.key}_at_start": judged[0][f"eval_{task.measure.key}"],
-        "kept_step": kept["step"],
-        "steps": trainer.state.global_step,
-        "tokens": round(trainer.state.global_step * facts["tokens_per_step"]),
-        "seconds": facts["seconds"],
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "peak_memory_bytes": peak_memory(),
-        "history": history,
-    }
-    paths = {
-        "model": folder,
-        "checkpoint": Path(find_checkpoint(None, task.settings.output)),
-        "settings": folder / "run.json",
-    }
-    paths["metrics"] = folder / "metrics.json"
-    paths["metrics"].write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    label, key = (
-        (task.measure.name, task.measure.key) if task.measure.training_key != "loss" else ("loss (nats)", "loss")
-    )
-    paths["loss curve (PNG)"], paths["loss curve (SVG)"] = save_loss_curve(history, folder, key=key, label=label)
-    sample, more = task.finish(model, folder)
-    return TrainingResult(task, metrics, sample, {**paths, **more})
+def _where(trainer: TaskTrainer, what: str) -> str:
+    kept = own_checkpoints(Path(trainer.settings.output))
+    has = f"{kept[-1].name} has the run up to step {step_of(kept[-1])}" if kept else "there is no checkpoint yet"
+    return f"{what} at step {trainer.state.global_step}: {has}; --resume or --auto-resume goes on"
+
+
+def _lost_rank(error: RuntimeError, trainer: TaskTrainer) -> LostRankError | None:
+    """Say what an error of the ranks' network means, if it is one."""
+    words = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL")
+    of_network = isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
+    if world_size() == 1 or not of_network:
+        return None
+    line = str(error).split("\n")[0]
+    return LostRankError(f"rank {rank()} has lost another rank ({line}). {_where(trainer, 'It stopped')}")
