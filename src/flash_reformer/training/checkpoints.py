@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-_FORMAT = 1
+_KIND = {"format": 1, "digest": "blake2b-256"}
 _BLOCK = 1 << 20
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = re.compile(r"\.(checkpoint-\d+(\.(old|gone))?|model|[a-z_]+\.(json|txt))\.partial")
@@ -63,7 +63,7 @@ def seal(checkpoint: Path) -> int:
     files = {name: (path.stat().st_size, _digest(path)) for name, path in _files(checkpoint).items()}
     for path in _files(checkpoint).values():
         _sync(path)
-    manifest = {"format": _FORMAT, "digest": "blake2b-256", "files": files}
+    manifest = {**_KIND, "files": files}
     write_text(checkpoint / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     for folder in (path for path in checkpoint.rglob("*") if path.is_dir()):
         _sync(folder)
@@ -162,8 +162,9 @@ def _compared(checkpoint: Path) -> str | None:
         recorded = {str(name): (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return f"its {MANIFEST} is damaged: {error}"
-    if manifest.get("format") != _FORMAT:
-        return f"its {MANIFEST} is of format {manifest.get('format')!r}, not {_FORMAT}"
+    kind = {name: value for name, value in manifest.items() if name != "files"}
+    if kind != _KIND:
+        return f"its {MANIFEST} is of another kind than this version writes: {kind}"
     found = _files(checkpoint)
     for name in sorted(recorded.keys() - found.keys()):
         return f"{name} is missing"

@@ -19,6 +19,7 @@ from flash_reformer.training.quiet import quiet_transformers
 from flash_reformer.training.ranks import joined, on_main, rank, world_size
 from flash_reformer.training.results import TrainingResult, finish, left_by
 from flash_reformer.training.run_folder import (
+    check_best,
     check_same_run,
     check_writable,
     checkpoint_state,
@@ -173,6 +174,8 @@ def _resume(
     else:
         on_main(lambda: check_writable(Path(settings.output)))
     network = _load(prepared, str(checkpoint), "checkpoint")
+    if settings.keep == "best":
+        on_main(lambda: check_best(checkpoint))
     if again and _is_over(prepared, checkpoint) and has_ended(settings.output, checkpoint):
         return left_by(prepared)
     on_main(lambda: write_settings(recorded, settings, checkpoint=checkpoint))

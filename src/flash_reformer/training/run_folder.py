@@ -125,16 +125,28 @@ def find_checkpoint(resume_from: str | None, output: str) -> Path:
         if fault is None:
             return checkpoint
         faults.append(f"{checkpoint.name}: {fault}")
-        try:
-            aside = f"is now {set_aside(checkpoint).name}"
-        except OSError as error:
-            aside = f"cannot be renamed ({error.strerror})"
-        warnings.warn(f"{checkpoint} is damaged and {aside}: {fault}", stacklevel=2)
+        _put_aside(checkpoint, "", fault)
     if faults:
         raise ValueError(
             f"--resume: no checkpoint in {output} is undamaged ({'; '.join(faults)}); --overwrite starts over"
         )
     raise ValueError(f"--resume: there is no checkpoint in {output}")
+
+
+def check_best(checkpoint: Path) -> None:
+    """Set the best checkpoint aside that a run which is to go on has found so far, with a warning, if it is damaged."""
+    step = checkpoint_state(checkpoint).best_global_step
+    best = checkpoint.with_name(f"checkpoint-{step}")
+    if best != checkpoint and best.is_dir() and (fault := _fault(best)) is not None:
+        _put_aside(best, "the best checkpoint so far ", f"{fault}. What is best from here on counts")
+
+
+def _put_aside(checkpoint: Path, what: str, fault: str) -> None:
+    try:
+        now = f"is now {set_aside(checkpoint).name}"
+    except OSError as error:
+        now = f"cannot be renamed ({error.strerror})"
+    warnings.warn(f"{what}{checkpoint} is damaged and {now}: {fault}", stacklevel=3)
 
 
 def _fault(checkpoint: Path) -> str | None:

@@ -289,9 +289,9 @@ class _Keeper(TrainerCallback):
             self.trainer._saved_step = state.global_step
         if state.best_global_step is not None:
             here = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
-            named = state.best_model_checkpoint
-            if named is None or not Path(named).is_dir():
-                state.best_model_checkpoint = str(here) if here.is_dir() else None
+            # A folder that was copied or moved has the best one with it, wherever it was before.
+            if here.is_dir():
+                state.best_model_checkpoint = str(here)
             if state.best_model_checkpoint is None and self.trainer.settings.keep == "best":
                 state.best_metric = state.best_global_step = None
         self.trainer._best = (state.best_metric, state.best_global_step, state.best_model_checkpoint)
