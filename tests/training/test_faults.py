@@ -43,6 +43,7 @@ class Signal(TrainerCallback):
 
     def send(self, args, state, control, **kwargs):
         if state.global_step == self.step:
+            self.step = -1  # once
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -227,7 +228,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(keep, asked, tmp_path, m
         return real(path)
 
     monkeypatch.setattr(safety, "seal", full)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="could not be written") as caught:
         result = train("clm", {**asked, "keep": keep, "save_interval": 1, "eval_interval": 1}, TINY)
     said = [str(each.message) for each in caught]
     form = r"(checkpoint-\d) could not be written: .*No space left .* is (checkpoint-\d)$"
@@ -257,7 +258,7 @@ def test_what_does_not_fit_is_not_begun_and_the_end_says_what_is_missing(asked, 
 
     monkeypatch.setattr(SafeTrainer, "_save", full)
     with (
-        pytest.warns(UserWarning) as caught,
+        pytest.warns(UserWarning, match="could not be written") as caught,
         pytest.raises(OSError, match=r"could not be saved in .*run, where it needs about [\d,]{9} bytes and 1,000 are"),
     ):
         train("clm", {**asked, "save_interval": 6, "eval_interval": 6}, TINY)
