@@ -66,28 +66,39 @@ def check_same(whole: Path, broken: Path) -> None:
         assert (whole / last / name).read_bytes() == (broken / last / name).read_bytes(), name
 
 
-def test_faults_of_one_rank_stop_all_of_them_and_the_run_goes_on(tmp_path):
-    lives = (("whole", {}), *((name, {"fault": name, "step": 4}) for name in ("SIGKILL", "SIGTERM", "nan")))
-    lives += (("SIGKILL", {}), ("SIGTERM", {}))
+def lives(folder: Path, *faults: tuple[str, dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Let runs live one after the other; return how the ranks of each one ended."""
     plans = [
-        {**plan(tmp_path, name, **fault), "place": str(tmp_path / f"place-{number}")}
-        for number, (name, fault) in enumerate(lives)
+        {**plan(folder, name, **fault), "place": str(folder / f"place-{number}")}
+        for number, (name, fault) in enumerate(faults)
     ]
     run(plans)
-    whole, killed, told, spoilt, *went_on = map(ends, plans)
-    for each in (whole, *went_on):
-        assert [end["said"] for end in each] == ["ended", "ended"]
+    return [ends(each) for each in plans]
+
+
+def test_a_rank_that_dies_stops_the_others_and_the_run_goes_on(tmp_path):
+    fault = {"fault": "SIGKILL", "step": 4}
+    whole, killed, went_on = lives(tmp_path, ("whole", {}), ("broken", fault), ("broken", {}))
+    assert [end["said"] for end in (*whole, *went_on)] == ["ended"] * 4
     assert killed[1]["said"] == "SIGKILL"
     said = r"LostRankError: rank 0 has lost another rank \(.*\)\. It stopped at step \d: checkpoint-4 has the run up to"
     assert re.match(said, killed[0]["said"]), killed[0]["said"]
     assert killed[0]["seconds"] < 60
-    for end in told:
+    check_same(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.full
+def test_ranks_agree_on_leaving_whichever_was_told_or_has_computed_a_nan(tmp_path):
+    told = ("SIGTERM", {"fault": "SIGTERM", "step": 4})
+    nan = ("nan", {"fault": "nan", "step": 4})
+    whole, left, went_on, spoilt = lives(tmp_path, ("whole", {}), told, ("SIGTERM", {}), nan)
+    assert [end["said"] for end in (*whole, *went_on)] == ["ended"] * 4
+    for end in left:
         assert end["said"].startswith("Terminated: SIGTERM at step 5: checkpoint-5 has the run up to step 5")
     for end in spoilt:
         assert "norm of the gradient is nan at step 5" in end["said"]
         assert "checkpoint-4 holds the weights before that step" in end["said"]
-    for name in ("SIGKILL", "SIGTERM"):
-        check_same(tmp_path / "whole", tmp_path / name)
+    check_same(tmp_path / "whole", tmp_path / "SIGTERM")
 
 
 @pytest.mark.full

@@ -218,7 +218,6 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(asked, tm
 
 @pytest.mark.parametrize("keep", ["last", "best"])
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(keep, asked, tmp_path, monkeypatch):
-    train("clm", {**asked, "keep": keep, "output": str(tmp_path / "whole")}, TINY)
     real, failed = safety.seal, []
 
     def full(path: Path) -> int:
@@ -239,12 +238,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(keep, asked, tmp_path, m
     assert not partials(tmp_path / "run")
     # The best that was saved is kept, and the measures are those of it.
     assert result.metrics["kept_step"] == (6 if keep == "last" else 5)
-    if keep == "last":
-        a, b = weights(tmp_path / "whole"), weights(tmp_path / "run")
-        assert all(torch.equal(a[name], b[name]) for name in a)
-    else:
-        saved = weights(tmp_path / "run" / "checkpoint-5")
-        assert all(torch.equal(saved[name], value) for name, value in weights(tmp_path / "run").items())
+    saved, ended = weights(tmp_path / "run" / "checkpoint-5"), weights(tmp_path / "run")
+    assert all(torch.equal(saved[name], ended[name]) for name in saved) == (keep == "best")
 
 
 def test_what_does_not_fit_is_not_begun_and_the_end_says_what_is_missing(asked, tmp_path, monkeypatch):
@@ -296,3 +291,25 @@ def test_writers_of_torch_and_safetensors_that_run_out_of_space_are_understood(t
         signal.signal(signal.SIGXFSZ, ignored)
     assert len(errors) == 2
     assert all(map(safety._is_about_writing, errors)), errors
+
+
+# --- what a resumed run remembers -------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_goes_on_counting_evaluations_without_a_better_result(asked, tmp_path):
+    asked |= {"early_stopping": 3, "eval_interval": 1, "learning_rate": 1e-12, "warmup_steps": 0, "max_steps": 20}
+    whole = train("clm", {**asked, "output": str(tmp_path / "whole")}, TINY)
+    with pytest.raises(KeyboardInterrupt):
+        train("clm", asked, TINY, callbacks=[Interrupt(whole.metrics["steps"] - 1)])
+    assert resume({"output": asked["output"]}).metrics["steps"] == whole.metrics["steps"] < 20
+    with pytest.raises(ValueError, match=r"already at the end of its run: raise .* --early-stopping"):
+        resume({"output": asked["output"]})
+    more = resume({"output": asked["output"], "early_stopping": 5}).metrics["steps"]
+    assert more == whole.metrics["steps"] + 2
+
+
+def test_early_stopping_may_be_asked_for_on_resume(asked):
+    asked |= {"eval_interval": 1, "learning_rate": 1e-12, "warmup_steps": 0, "max_steps": 8}
+    with pytest.raises(KeyboardInterrupt):
+        train("clm", asked, TINY, callbacks=[Interrupt(3)])
+    assert resume({"output": asked["output"], "early_stopping": 1}).metrics["steps"] < 8

@@ -54,7 +54,8 @@ class Rhythm(TrainerCallback):
         if state.is_world_process_zero:
             limit, best = self.settings.save_total_limit, state.best_model_checkpoint
             prune_checkpoints(Path(self.settings.output), limit, best, state.global_step)
-        if not control.should_training_stop and self.request.agreed():
+        asked = self.request.agreed()  # asked of all ranks, whatever each one's clock says
+        if asked and not control.should_training_stop:
             self.terminated = control.should_training_stop = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -70,7 +71,8 @@ class Rhythm(TrainerCallback):
             # What is best is known after an evaluation, and can be gone back to where a checkpoint was written. And a
             # run that stops early ends with the checkpoint of the evaluation that ended it.
             control.should_save = control.should_save or control.should_evaluate
-        if fraction < 1.0 and self.request.agreed():
+        asked = self.request.agreed()
+        if asked and fraction < 1.0:
             self.terminated = control.should_save = True
         # A checkpoint carries the log, and the log carries the time spent: see `seconds_spent`.
         control.should_log = control.should_log or control.should_save
