@@ -76,11 +76,24 @@ def joined(on_gpu: bool) -> Iterator[None]:
             "many processes as there are GPUs, or train with --cpu"
         )
     # As the Trainer would do it, and will find it done.
-    PartialState(**({} if on_gpu else {"cpu": True, "backend": "gloo"}))
+    PartialState(**({} if on_gpu else {"cpu": True, "backend": "gloo"}), **_meeting_place())
     yield
     # Only after success: a rank that failed must not wait here for the others.
     dist.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _meeting_place() -> dict[str, Any]:
+    """Return where ranks meet that torchrun has started again: not where the dead ones have left their addresses.
+
+    torchrun may keep one store for all lives of its ranks, and then a rank that is quick calls the dead. Agents of
+    several machines need not count lives alike, so there the store stays as it is.
+    """
+    life, machines = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("GROUP_WORLD_SIZE", "1")
+    if life == "0" or machines != "1" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return {"store": dist.PrefixStore(f"life-{life}", store), "rank": rank(), "world_size": world_size()}
 
 
 def refuse_other_engines() -> None:
