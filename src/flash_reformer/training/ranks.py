@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 Result = TypeVar("Result")
 
@@ -76,7 +77,8 @@ def joined(on_gpu: bool) -> Iterator[None]:
             "many processes as there are GPUs, or train with --cpu"
         )
     # As the Trainer would do it, and will find it done.
-    PartialState(**({} if on_gpu else {"cpu": True, "backend": "gloo"}), **_meeting_place())
+    options: dict[str, Any] = {} if on_gpu else {"cpu": True, "backend": "gloo"}
+    PartialState(**options, **_meeting_place())
     yield
     # Only after success: a rank that failed must not wait here for the others.
     dist.destroy_process_group()
@@ -92,8 +94,8 @@ def _meeting_place() -> dict[str, Any]:
     life, machines = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("GROUP_WORLD_SIZE", "1")
     if life == "0" or machines != "1" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return {"store": dist.PrefixStore(f"life-{life}", store), "rank": rank(), "world_size": world_size()}
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return {"store": PrefixStore(f"life-{life}", store), "rank": rank(), "world_size": world_size()}
 
 
 def refuse_other_engines() -> None:
