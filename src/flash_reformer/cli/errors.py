@@ -4,7 +4,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import typer
@@ -13,6 +13,7 @@ from rich.console import Console
 from flash_reformer.training import ranks
 
 INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
+TERMINATED = 143  # and for one that SIGTERM ended, so that schedulers do not take it for finished
 
 # Seconds that other ranks wait before they say what is wrong: where rank 0 has said the same by then, the launcher has
 # ended them.
@@ -20,12 +21,15 @@ GRACE = 10.0
 
 
 @contextmanager
-def readable_errors(debug: bool, *, on_interrupt: str = "interrupted") -> Iterator[None]:
+def readable_errors(
+    debug: bool, *, on_interrupt: str = "interrupted", left: Mapping[type[Exception], int] | None = None
+) -> Iterator[None]:
     """Turn whatever is raised inside into one line on stderr and a non-zero exit code.
 
     Args:
         debug: let exceptions through with their traceback.
         on_interrupt: what to say after Ctrl-C.
+        left: exit codes for exceptions that are no mistake of anybody.
     """
     try:
         with warnings.catch_warnings():
@@ -45,6 +49,9 @@ def readable_errors(debug: bool, *, on_interrupt: str = "interrupted") -> Iterat
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except Exception as error:
+        if left and type(error) in left:
+            _complain(str(error))
+            raise typer.Exit(left[type(error)]) from None
         if debug:
             raise
         line = " ".join(str(error).split()) or "no message"

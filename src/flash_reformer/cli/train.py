@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from flash_reformer.cli.errors import readable_errors
+from flash_reformer.cli.errors import TERMINATED, readable_errors
 from flash_reformer.cli.options import (
     flag,
     given_model_fields,
@@ -22,7 +22,8 @@ from flash_reformer.cli.progress import ProgressBar
 from flash_reformer.models.configuration_reformer import ReformerConfig
 from flash_reformer.training import ranks, recipes
 from flash_reformer.training.presets import PRESETS, check_effect
-from flash_reformer.training.recipes import TrainingResult
+from flash_reformer.training.results import TrainingResult
+from flash_reformer.training.signals import Terminated
 from flash_reformer.training.tasks import TASKS, Task
 
 # Written by `save_pretrained` into every config; they say what wrote it, not what the model is.
@@ -56,12 +57,17 @@ def _add(task: type[Task], says: str, example: str) -> None:
         config: Annotated[Path | None, typer.Option(help="ReformerConfig as JSON; flags come on top of it.")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
         resume_from: Annotated[str | None, typer.Option(help="Go on from this checkpoint.")] = None,
+        auto_resume: Annotated[
+            bool,
+            typer.Option("--auto-resume", help="Go on with this run if --output holds it, or start it."),
+        ] = False,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run in --output.")] = False,
         debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
         **given: Any,
     ) -> None:
         console = Console(quiet=not ranks.is_main())
-        with readable_errors(debug, on_interrupt="interrupted; --resume goes on from the last checkpoint"):
+        left: dict[type[Exception], int] = {Terminated: TERMINATED}
+        with readable_errors(debug, on_interrupt="interrupted; --resume goes on from the last checkpoint", left=left):
             if files and not given.get("text"):
                 hint = "name text files after --text" if "text" in given else "name examples after --dataset"
                 raise ValueError(f"unexpected argument {str(files[0])!r}: {hint}")
@@ -69,7 +75,8 @@ def _add(task: type[Task], says: str, example: str) -> None:
                 given["text"] = [*given["text"], *map(str, files)]
             with ProgressBar(console) as bar:
                 if resume or resume_from is not None:
-                    _refuse_on_resume(resume, resume_from, given, preset=preset, config=config, overwrite=overwrite)
+                    others = {"preset": preset, "config": config, "auto_resume": auto_resume, "overwrite": overwrite}
+                    _refuse_on_resume(resume, resume_from, given, **others)
                     result = _resume(task, given, resume_from, bar)
                 else:
                     fields = _fields(given, config)
@@ -77,7 +84,15 @@ def _add(task: type[Task], says: str, example: str) -> None:
                     sizes = {**task.model_defaults, **start, **fields}
                     check_effect(given_model_fields(given), sizes.get("attn_layers", ReformerConfig().attn_layers))
                     settings = given_settings(task, given)
-                    result = recipes.train(task.name, settings, fields, preset=preset, overwrite=overwrite, report=bar)
+                    result = recipes.train(
+                        task.name,
+                        settings,
+                        fields,
+                        preset=preset,
+                        overwrite=overwrite,
+                        auto_resume=auto_resume,
+                        report=bar,
+                    )
             _show(console, result)
 
     command.__doc__ = f"{says}\n\nFor example: flash-reformer train {task.name} {example}"

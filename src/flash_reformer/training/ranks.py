@@ -80,11 +80,28 @@ def joined(on_gpu: bool) -> Iterator[None]:
             "many processes as there are GPUs, or train with --cpu"
         )
     # As the Trainer would do it, and will find it done. Shards that are kept in main memory meet there, by gloo.
-    PartialState(cpu=not on_gpu, backend="cuda:nccl,cpu:gloo" if on_gpu else "gloo")
+    PartialState(cpu=not on_gpu, backend="cuda:nccl,cpu:gloo" if on_gpu else "gloo", **_meeting_place())
     yield
     # Only after success: a rank that failed must not wait here for the others.
     dist.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _meeting_place() -> dict[str, Any]:
+    """Return where ranks meet that torchrun has started again: not where the dead ones have left their addresses.
+
+    torchrun may keep one store for all lives of its ranks, and then a rank that is quick calls the dead. Agents of
+    several machines need not count lives alike, so there the store stays as it is.
+    """
+    life, machines = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("GROUP_WORLD_SIZE", "1")
+    if life == "0" or machines != "1" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    # Lazily: builds of torch without distributed lack them. torch does not say that they are for everybody, but they
+    # are documented so.
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return {"store": PrefixStore(f"life-{life}", store), "rank": rank(), "world_size": world_size()}
 
 
 def check_launcher() -> None:

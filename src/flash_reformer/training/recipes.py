@@ -2,56 +2,53 @@
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, TrainerCallback
+from transformers import TrainerCallback
 
 from flash_reformer.models.configuration_reformer import ReformerConfig
 from flash_reformer.training import ranks
 from flash_reformer.training.budget import Budget
-from flash_reformer.training.curve import save_loss_curve
-from flash_reformer.training.lengths import StreamPosition, fitting_shape, grow_positions
-from flash_reformer.training.presets import PRESETS, axial_shape
-from flash_reformer.training.progress import ProgressCallback, Report, peak_memory
+from flash_reformer.training.building import (
+    check_processes,
+    find_vocabulary,
+    load_model,
+    on_top_of_preset,
+    prepare,
+    task_class,
+)
+from flash_reformer.training.checkpoints import own_checkpoints, step_of
+from flash_reformer.training.lengths import StreamPosition
+from flash_reformer.training.progress import ProgressCallback, Report
 from flash_reformer.training.quiet import quiet_transformers
+from flash_reformer.training.results import TrainingResult, finish, left_by
 from flash_reformer.training.run_folder import (
+    check_best,
+    check_same_run,
+    check_writable,
     checkpoint_state,
     find_checkpoint,
+    has_ended,
+    holds_run,
     prepare_folder,
+    recorded_cpu,
     recorded_task,
     resumed_settings,
     write_settings,
 )
 from flash_reformer.training.settings import TrainingSettings
-from flash_reformer.training.sharding import has_shards
-from flash_reformer.training.sources import is_missing_folder
-from flash_reformer.training.tasks import TASKS, Task
-from flash_reformer.training.trainer import TaskTrainer, seconds_spent, uses_gpu
-from flash_reformer.training.vocabulary import Vocabulary
+from flash_reformer.training.signals import Terminated, stop_on_sigterm
+from flash_reformer.training.tasks import Task
+from flash_reformer.training.trainer import TaskTrainer, bad_evaluations, seconds_spent, uses_gpu
 
 
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a run leaves behind.
-
-    Attributes:
-        task: the kind of training.
-        metrics: the content of ``metrics.json``.
-        sample: the prompt and the text that the model wrote after it; empty where none was asked for.
-        paths: everything written, by what it is.
-    """
-
-    task: Task
-    metrics: dict[str, Any]
-    sample: tuple[str, str]
-    paths: dict[str, Path]
+class LostRankError(RuntimeError):
+    """Another rank of the run has gone, and this one cannot go on without it."""
 
 
 def train(
@@ -61,6 +58,7 @@ def train(
     *,
     preset: str | None = None,
     overwrite: bool = False,
+    auto_resume: bool = False,
     report: Report | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
@@ -73,57 +71,52 @@ def train(
             the vocabulary, the task and ``seq_len`` dictate.
         preset: name of a starting point in ``PRESETS`` which ``training`` and ``model`` come on top of.
         overwrite: remove an earlier run in the output folder.
+        auto_resume: go on with the run in the output folder, if it is this one; where it has ended, return what it
+            left. So one command line starts a run and, given again after any failure, goes on with it.
         report: is told how the run goes.
         callbacks: more `transformers` callbacks.
 
-    Raises ``ValueError`` for bad settings and bad data before anything is written. Seeds torch's, numpy's and
-    Python's default generators, as the Trainer does.
+    A first SIGTERM lets the run finish its step, save and raise `Terminated`. Raises `DivergedError` where a loss or
+    gradient is not finite, ``OSError`` where the model cannot be saved, ``ValueError`` for bad settings and bad data
+    before anything is written. Seeds torch's, numpy's and Python's default generators, as the Trainer does.
     """
+    kind, settings, fields = _asked(task, training, model, preset)
+    with _on_ranks(settings):
+        with ranks.together():
+            if auto_resume and overwrite:
+                raise ValueError("auto_resume and overwrite contradict each other: go on with a run, or remove it?")
+        if auto_resume and ranks.on_main(lambda: _is_to_go_on(task, settings, fields)):
+            asked = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+            return _resume(asked, None, task, report, callbacks, again=True)
+        with ranks.together():
+            prepared, network = prepare(kind, settings, fields)
+        ranks.on_main(lambda: _open_folder(prepared, fields, overwrite or auto_resume))
+        return _run(prepared, network, None, report, callbacks)
+
+
+def _asked(
+    task: str, training: Mapping[str, Any], model: Mapping[str, Any] | None, preset: str | None
+) -> tuple[type[Task], TrainingSettings, dict[str, Any]]:
+    """Return the task, its settings and the fields of the model that were asked for."""
     kind = task_class(task)
     given, fields = dict(training), dict(model or {})
     if preset is not None:
-        given, fields = _on_top_of_preset(task, preset, given, fields)
-    settings = kind.settings_class(**kind.settings_class.with_end(given))
-    with _on_ranks(settings):
-        return _train(kind, settings, fields, overwrite, report, callbacks)
+        given, fields = on_top_of_preset(task, preset, given, fields)
+    return kind, kind.settings_class(**kind.settings_class.with_end(given)), fields
 
 
-def _train(
-    kind: type[Task],
-    settings: TrainingSettings,
-    fields: dict[str, Any],
-    overwrite: bool,
-    report: Report | None,
-    callbacks: Sequence[TrainerCallback],
-) -> TrainingResult:
-    with ranks.together():
-        prepared, network = _prepare(kind, settings, fields)
-
-    def prepare() -> None:
-        prepared.warn()
-        prepare_folder(settings.output, overwrite=overwrite)
-        write_settings(kind.name, prepared.settings)
-
-    ranks.on_main(prepare)
-    return _run(prepared, network, None, report, callbacks)
+def _open_folder(task: Task, fields: Mapping[str, Any], overwrite: bool) -> None:
+    task.warn()
+    prepare_folder(task.settings.output, overwrite=overwrite)
+    write_settings(task.name, task.settings, fields)
 
 
-def _prepare(kind: type[Task], settings: TrainingSettings, fields: dict[str, Any]) -> tuple[Task, Any]:
-    """Read the data and make the model, or refuse; nothing is written."""
-    settings.check_complete()
-    _check_processes(settings)
-    if settings.init_from is not None and fields:
-        raise ValueError(f"init_from brings its own model: it contradicts {', '.join(sorted(fields))}")
-    if settings.init_from is None:
-        _check_limit(settings, fields)
-    prepared = kind(settings, find_vocabulary(settings))
-    if settings.init_from is not None:
-        network = _load(prepared, settings.init_from, "init_from")
-        prepared.check_model(network)
-    else:
-        network = build_model(prepared, fields)
-    prepared.settings = _settle(settings, network)
-    return prepared, network
+def _is_to_go_on(task: str, settings: TrainingSettings, fields: Mapping[str, Any]) -> bool:
+    """Say whether this very run has left something to go on from."""
+    if not holds_run(settings.output):
+        return False
+    usual = {**ReformerConfig().to_dict(), **task_class(task).model_defaults}
+    return check_same_run(task, settings, fields, usual)
 
 
 @contextmanager
@@ -133,9 +126,13 @@ def _on_ranks(settings: TrainingSettings) -> Iterator[None]:
     with ranks.own_environment(), ranks.joined(on_gpu):
         with ranks.together():
             ranks.check_launcher()
-            settings.check_ranks(ranks.is_launched())
-            uses_gpu(settings)
+            _check_devices(settings)
         yield
+
+
+def _check_devices(settings: TrainingSettings) -> None:
+    settings.check_ranks(ranks.is_launched())
+    uses_gpu(settings)
 
 
 def resume(
@@ -157,62 +154,49 @@ def resume(
         report: is told how the run goes.
         callbacks: more `transformers` callbacks.
     """
-    checkpoint = find_checkpoint(resume_from, training.get("output", ""))
-    recorded = recorded_task(checkpoint)
-    if task is not None and recorded != task:
-        raise ValueError(f"{checkpoint} belongs to a run of {recorded}, not of {task}")
-    kind = task_class(recorded)
-    settings = resumed_settings(checkpoint, kind.settings_class, training)
-    with _on_ranks(settings):
-        return _resume(kind, settings, checkpoint, report, callbacks)
+    on_cpu = training.get("cpu", recorded_cpu(resume_from, training.get("output", "")))
+    with ranks.own_environment(), ranks.joined(torch.cuda.is_available() and not on_cpu):
+        with ranks.together():
+            ranks.check_launcher()
+        return _resume(training, resume_from, task, report, callbacks, again=False)
 
 
 def _resume(
-    kind: type[Task],
-    settings: TrainingSettings,
-    checkpoint: Path,
+    training: Mapping[str, Any],
+    resume_from: str | None,
+    task: str | None,
     report: Report | None,
     callbacks: Sequence[TrainerCallback],
+    *,
+    again: bool,
 ) -> TrainingResult:
-    def prepare() -> None:
+    checkpoint = ranks.on_main(lambda: find_checkpoint(resume_from, training.get("output", "")))
+    with ranks.together():
+        recorded = recorded_task(checkpoint)
+        if task is not None and recorded != task:
+            raise ValueError(f"{checkpoint} belongs to a run of {recorded}, not of {task}")
+        kind = task_class(recorded)
+        settings = resumed_settings(checkpoint, kind.settings_class, training)
+        settings.check_complete()
+        check_processes(settings)
+        _check_devices(settings)
+        prepared = kind(settings, find_vocabulary(settings))
+
+    def open_folder() -> None:
         if Path(settings.output).resolve() != checkpoint.parent.resolve():
             prepare_folder(settings.output, overwrite=False)
+        else:
+            check_writable(Path(settings.output))
 
+    ranks.on_main(open_folder)
     with ranks.together():
-        settings.check_complete()
-        _check_processes(settings)
-    ranks.on_main(prepare)
-    with ranks.together():
-        prepared = kind(settings, find_vocabulary(settings))
-        network = _load(prepared, str(checkpoint), "checkpoint")
-    ranks.on_main(functools.partial(write_settings, kind.name, settings))
+        network = load_model(prepared, str(checkpoint), "checkpoint")
+    if settings.keep == "best":
+        ranks.on_main(lambda: check_best(checkpoint))
+    if again and _is_over(prepared, checkpoint) and has_ended(settings.output, checkpoint):
+        return left_by(prepared)
+    ranks.on_main(lambda: write_settings(recorded, settings, checkpoint=checkpoint))
     return _run(prepared, network, checkpoint, report, callbacks)
-
-
-def _check_processes(settings: Any) -> None:
-    if getattr(settings, "grow_positions", False) and ranks.world_size() > 1:
-        # Engines of several processes know their parameters from the start.
-        raise ValueError("grow_positions works in one process: leave it out, and all positions are there at once")
-
-
-def _settle(settings: Any, network: Any) -> Any:
-    """Return the settings of a new run as its model makes them; refuse what does not fit the model."""
-    limit = network.config.max_length_of_positions
-    if getattr(settings, "grow_positions", False):
-        grow_positions(network, settings.length_at(0), settings.seed)
-    elif settings.seq_len > limit:
-        hint = "; or let them grow with grow_positions" if hasattr(settings, "grow_positions") else ""
-        raise ValueError(f"seq_len must be at most {limit}, the positions of the model; got {settings.seq_len}{hint}")
-    if settings.rounds is None and settings.eval_num_hashes is None:
-        return settings
-    if "lsh" not in network.config.attn_layers:
-        name = "eval_num_hashes" if settings.rounds is None else "num_hashes_schedule"
-        raise ValueError(f"{name} would have no effect: attn_layers has no 'lsh' layer")
-    if settings.rounds is None:
-        # Written down, since the config of every checkpoint will say how many rounds evaluation takes.
-        settings = dataclasses.replace(settings, num_hashes_schedule=f"0:{network.config.num_hashes}")
-    network.config.num_hashes = settings.eval_num_hashes or settings.rounds.values[-1]
-    return settings
 
 
 def train_clm(training: Mapping[str, Any], model: Mapping[str, Any] | None = None, **options: Any) -> TrainingResult:
@@ -225,106 +209,6 @@ def resume_clm(training: Mapping[str, Any], **options: Any) -> TrainingResult:
     return resume(training, task="clm", **options)
 
 
-def task_class(name: str) -> type[Task]:
-    """Return a task by its name."""
-    if name not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
-    return TASKS[name]
-
-
-def find_vocabulary(settings: TrainingSettings) -> Vocabulary:
-    """Return the tokenizer asked for, or that of the model to start from, or plain bytes."""
-    if settings.tokenizer not in (None, "bytes"):
-        return Vocabulary.load(str(settings.tokenizer))
-    if settings.tokenizer is None and settings.init_from is not None and Vocabulary.stands_in(settings.init_from):
-        return Vocabulary.load(settings.init_from)
-    return Vocabulary.of_bytes()
-
-
-def build_model(task: Task, fields: Mapping[str, Any]) -> Any:
-    """Build a fresh model for a task; position tables that are not given are made to fit ``seq_len``."""
-    dictated = task.dictated_fields()
-    for name, value in dictated.items():
-        if name in fields and fields[name] != value:
-            raise ValueError(f"{name} must be {value!r} for this vocabulary and task, got {fields[name]!r}")
-    sizes = {**task.model_defaults, **fields}
-    shape = axial_shape(task.settings.seq_len)
-    width = sizes.get("hidden_size", ReformerConfig().hidden_size)
-    fitting = {
-        "axial_pos_shape": shape,
-        "axial_pos_embds_dim": [width // 4, width - width // 4],
-        "max_position_embeddings": shape[0] * shape[1],
-    }
-    config = ReformerConfig(**{**fitting, **sizes, **dictated})
-    if getattr(task.settings, "grow_positions", False):
-        # The trailing axes are those of the longest length, so that only the first one grows.
-        first = task.settings.length_at(0)
-        if not config.axial_pos_embds:
-            config.max_position_embeddings = first
-        elif config.max_length_of_positions > first:
-            config.axial_pos_shape = fitting_shape(config.axial_pos_shape, first)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(task.settings.seed)
-        return task.model_class(config)
-
-
-def _on_top_of_preset(
-    task: str, preset: str, training: dict[str, Any], model: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    names = [name for name, each in PRESETS.items() if each.task == task]
-    if preset not in names:
-        raise ValueError(f"preset must be one of {', '.join(names) or 'none'} for {task}, got {preset!r}")
-    if training.get("init_from") is not None:
-        raise ValueError(f"init_from brings its own model: it contradicts preset {preset!r}")
-    base = dict(PRESETS[preset].training)
-    if training.get("text") or training.get("dataset"):
-        base.pop("standard_library", None)
-    if training.get("max_steps") is not None or training.get("max_epochs") is not None:
-        base.pop("max_minutes", None)
-    if training.get("seq_len_schedule") is not None:
-        base.pop("seq_len", None)
-    return {**base, **training}, {**PRESETS[preset].model, **model}
-
-
-def _check_limit(settings: TrainingSettings, fields: Mapping[str, Any]) -> None:
-    """Refuse a position table that is too small before reading data that may take long."""
-    limit = math.prod(fields.get("axial_pos_shape", [settings.seq_len]))
-    grows = getattr(settings, "grow_positions", False)
-    if fields.get("axial_pos_embds", True) and settings.seq_len > limit and not grows:
-        raise ValueError(f"seq_len must be at most {limit}, the positions of the model; got {settings.seq_len}")
-
-
-def _load(task: Task, folder: str, name: str) -> Any:
-    if is_missing_folder(folder):
-        raise ValueError(f"{name} {folder} cannot be loaded: there is no such folder")
-    if not (Path(folder) / "config.json").is_file() and Path(folder).exists():
-        raise ValueError(f"{name} {folder} is no saved model: there is no config.json in it")
-    try:
-        with quiet_transformers():
-            saved, _ = PreTrainedConfig.get_config_dict(folder)
-            if saved.get("model_type") != ReformerConfig.model_type:
-                raise ValueError(f"its model_type is {saved.get('model_type')!r}, not 'reformer'")
-            if name == "checkpoint" and has_shards(folder):
-                # The Trainer fills it from the shards.
-                return task.model_class(ReformerConfig.from_dict(saved))
-            architecture = (saved.get("architectures") or [""])[0]
-            model = task.model_class.from_pretrained(folder, **task.loading_fields(architecture))
-            return _with_automatic_buckets(model)
-    except Exception as error:
-        # Loaders raise dozens of kinds; what was to be loaded must be said with each.
-        raise ValueError(f"{name} {folder} cannot be loaded: {error}") from error
-
-
-def _with_automatic_buckets(model: Any) -> Any:
-    """Let evaluations in training derive buckets from each length, as those before a resumption did."""
-    config = model.config
-    if config.num_buckets_automatic and config.num_buckets is not None:
-        trained = [config.num_buckets] if isinstance(config.num_buckets, int) else list(config.num_buckets)
-        config.num_buckets = None
-        config.trained_num_buckets = trained
-    return model
-
-
 def _budget(task: Task, checkpoint: Path | None) -> Budget:
     settings, steps = task.settings, task.settings.max_steps
     if settings.max_epochs is not None:
@@ -333,6 +217,18 @@ def _budget(task: Task, checkpoint: Path | None) -> Budget:
         steps = by_epochs if steps is None else min(steps, by_epochs)
     before = 0.0 if checkpoint is None else seconds_spent(checkpoint_state(checkpoint))
     return Budget(steps, settings.max_minutes, before)
+
+
+def _is_over(task: Task, checkpoint: Path) -> bool:
+    """Say whether a run had nothing left to train when it wrote this checkpoint."""
+    state, patience = checkpoint_state(checkpoint), task.settings.early_stopping
+    stopped_early = patience is not None and bad_evaluations(state) >= patience
+    return stopped_early or _budget(task, checkpoint).fraction(state.global_step) >= 1.0
+
+
+def _tokens_of(task: Task, steps: int) -> float:
+    """Tokens that all ranks together train on in their first ``steps`` steps."""
+    return task.tokens_of(steps) * ranks.world_size()
 
 
 def _run(
@@ -344,82 +240,64 @@ def _run(
 ) -> TrainingResult:
     settings: TrainingSettings = task.settings
     budget = _budget(task, checkpoint)
-    done = 0 if checkpoint is None else checkpoint_state(checkpoint).global_step
-    if budget.fraction(done) >= 1.0:
-        raise ValueError(f"{checkpoint} is already at the end of its run: raise --max-steps or --max-minutes to go on")
+    over = checkpoint is not None and _is_over(task, checkpoint)
+    if checkpoint is not None and over and has_ended(settings.output, checkpoint):
+        raise ValueError(
+            f"{checkpoint} is already at the end of its run: raise --max-steps or --max-minutes (or --early-stopping, "
+            "if it has stopped early) to go on"
+        )
+    tokens_of = functools.partial(_tokens_of, task)
     watchers = []
     if report is not None and ranks.is_main():
-        watchers.append(ProgressCallback(report, budget, functools.partial(_tokens_of, task), task.measure))
-    trainer = TaskTrainer(
-        task,
-        budget,
-        model=network,
-        callbacks=[*watchers, *callbacks],
-        processing_class=task.vocabulary.tokenizer,
-    )
-    trainer.args.eval_on_start = checkpoint is None
-    if checkpoint is not None:
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, StreamPosition):
-                callback.restore(checkpoint_state(checkpoint))
-    # Where `truncation=True` cuts and the pipeline lays windows: what was trained on, or all that fits.
-    limit = settings.seq_len if task.cuts_texts else network.config.max_length_of_positions
-    task.vocabulary.tokenizer.model_max_length = limit
-    with quiet_transformers():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        watchers.append(ProgressCallback(report, budget, tokens_of, task.measure))
+    with stop_on_sigterm() as request, quiet_transformers():
+        trainer = TaskTrainer(
+            task,
+            budget,
+            request,
+            model=network,
+            callbacks=[*watchers, *callbacks],
+            processing_class=task.vocabulary.tokenizer,
+        )
+        trainer.args.eval_on_start = checkpoint is None
+        trainer.over = over
+        if checkpoint is not None:
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, StreamPosition):
+                    callback.restore(checkpoint_state(checkpoint))
+        # Where `truncation=True` cuts and the pipeline lays windows: what was trained on, or all that fits.
+        limit = settings.seq_len if task.cuts_texts else network.config.max_length_of_positions
+        task.vocabulary.tokenizer.model_max_length = limit
+        _train_on(trainer, checkpoint)
         seconds = budget.seconds
         trainer.save_final_model()
-        left = ranks.on_main(functools.partial(_finish, task, trainer, {"seconds": round(seconds, 1)}))
-        return TrainingResult(task, *left)
+        steps = trainer.state.global_step
+        return finish(task, trainer, {"seconds": round(seconds, 1), "tokens": round(tokens_of(steps))})
 
 
-def _tokens_of(task: Task, steps: int) -> float:
-    """Tokens that all ranks together train on in their first ``steps`` steps."""
-    return task.tokens_of(steps) * ranks.world_size()
+def _train_on(trainer: TaskTrainer, checkpoint: Path | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except RuntimeError as error:
+        lost = _lost_rank(error, trainer)
+        if lost is None:
+            raise
+        raise lost from error
+    if trainer.rhythm.terminated:
+        raise Terminated(_where(trainer, "SIGTERM"))
 
 
-def _finish(
-    task: Task, trainer: TaskTrainer, facts: Mapping[str, Any]
-) -> tuple[dict[str, Any], tuple[str, str], dict[str, Path]]:
-    """Write what comes after training, on rank 0."""
-    folder = Path(task.settings.output)
-    model = trainer.final_model()
-    history = trainer.state.log_history
-    judged = [entry for entry in history if f"eval_{task.measure.key}" in entry]
-    kept = judged[-1]
-    if task.settings.keep == "best":
-        better = max if task.measure.greater_is_better else min
-        # The first evaluation comes before training: no checkpoint holds its weights.
-        after = [entry for entry in judged if entry["step"] > 0]
-        kept = better(after, key=lambda entry: entry[f"eval_{task.measure.key}"])
-    left_out = ("runtime", "samples_per_second", "steps_per_second")
-    qualities = {
-        name.removeprefix("eval_"): value
-        for name, value in kept.items()
-        if name.startswith("eval_") and not name.endswith(left_out)
-    }
-    metrics = {
-        "task": task.name,
-        **{f"held_out_{name}": value for name, value in qualities.items()},
-        f"held_out_{task.measure.key}_at_start": judged[0][f"eval_{task.measure.key}"],
-        "kept_step": kept["step"],
-        "steps": trainer.state.global_step,
-        "tokens": round(_tokens_of(task, trainer.state.global_step)),
-        "seconds": facts["seconds"],
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "peak_memory_bytes": peak_memory(),
-        "history": history,
-    }
-    paths = {
-        "model": folder,
-        "checkpoint": Path(find_checkpoint(None, task.settings.output)),
-        "settings": folder / "run.json",
-    }
-    paths["metrics"] = folder / "metrics.json"
-    paths["metrics"].write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    label, key = (
-        (task.measure.name, task.measure.key) if task.measure.training_key != "loss" else ("loss (nats)", "loss")
-    )
-    paths["loss curve (PNG)"], paths["loss curve (SVG)"] = save_loss_curve(history, folder, key=key, label=label)
-    sample, more = task.finish(model, folder)
-    return metrics, sample, {**paths, **more}
+def _where(trainer: TaskTrainer, what: str) -> str:
+    kept = own_checkpoints(Path(trainer.settings.output))
+    has = f"{kept[-1].name} has the run up to step {step_of(kept[-1])}" if kept else "there is no checkpoint yet"
+    return f"{what} at step {trainer.state.global_step}: {has}; --resume or --auto-resume goes on"
+
+
+def _lost_rank(error: RuntimeError, trainer: TaskTrainer) -> LostRankError | None:
+    """Say what an error of the ranks' network means, if it is one."""
+    words = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL")
+    of_network = isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
+    if ranks.world_size() == 1 or not of_network:
+        return None
+    line = str(error).split("\n")[0]
+    return LostRankError(f"rank {ranks.rank()} has lost another rank ({line}). {_where(trainer, 'It stopped')}")

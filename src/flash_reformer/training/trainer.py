@@ -1,6 +1,5 @@
 """`transformers.Trainer` for any :class:`Task`, with a schedule that follows a :class:`Budget`."""
 
-import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +9,6 @@ from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -19,10 +17,12 @@ from transformers import (
 
 from flash_reformer.training import ranks
 from flash_reformer.training.budget import Budget
+from flash_reformer.training.checkpoints import prune_checkpoints
 from flash_reformer.training.lengths import GrowingPositions, StreamPosition
-from flash_reformer.training.run_folder import prune_checkpoints
+from flash_reformer.training.safety import SafeTrainer
 from flash_reformer.training.settings import TrainingSettings
 from flash_reformer.training.sharding import fsdp_config, use_fsdp
+from flash_reformer.training.signals import StopRequest
 from flash_reformer.training.tasks import Task
 
 # The Trainer's own rhythm is set to steps, as keeping the best needs; ours ends every run long before this one.
@@ -30,11 +30,17 @@ NEVER = 10_000_000
 
 
 class Rhythm(TrainerCallback):
-    """Says when to evaluate, to save and to stop."""
+    """Says when to evaluate, to save and to stop.
 
-    def __init__(self, settings: TrainingSettings, budget: Budget) -> None:
+    Attributes:
+        terminated: the run was told to stop before its end.
+    """
+
+    def __init__(self, settings: TrainingSettings, budget: Budget, request: StopRequest) -> None:
         self.settings = settings
         self.budget = budget
+        self.request = request
+        self.terminated = False
         self._mark = 0
 
     def _marks(self, step: int) -> int:
@@ -52,9 +58,13 @@ class Rhythm(TrainerCallback):
         self._mark = self._marks(state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Remove old checkpoints."""
+        """Remove old checkpoints; leave right after one that was written while the run was told to stop."""
         if state.is_world_process_zero:
-            prune_checkpoints(Path(self.settings.output), self.settings.save_total_limit, state.best_model_checkpoint)
+            limit, best = self.settings.save_total_limit, state.best_model_checkpoint
+            prune_checkpoints(Path(self.settings.output), limit, best, state.global_step)
+        asked = self.request.agreed()  # asked of all ranks, whatever each one's clock says
+        if asked and not control.should_training_stop:
+            self.terminated = control.should_training_stop = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Set the flags that the Trainer acts on."""
@@ -70,21 +80,46 @@ class Rhythm(TrainerCallback):
             # What is best is known after an evaluation, and can be gone back to where a checkpoint was written. And a
             # run that stops early ends with the checkpoint of the evaluation that ended it.
             control.should_save = control.should_save or control.should_evaluate
+        asked = self.request.agreed()
+        if asked and fraction < 1.0:
+            self.terminated = control.should_save = True
         # A checkpoint carries the log, and the log carries the time spent: see `seconds_spent`.
         control.should_log = control.should_log or control.should_save
-        control.should_training_stop = fraction >= 1.0
+        control.should_training_stop = fraction >= 1.0 or self.terminated
 
 
-class TaskTrainer(Trainer):
+class EarlyStopping(EarlyStoppingCallback):
+    """Counts on where a resumed run has stopped counting."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the count."""
+        self.early_stopping_patience_counter = bad_evaluations(state)
+        # Where early stopping was not asked for until now, the Trainer would not know where to keep the count.
+        saved: Any = state.stateful_callbacks
+        saved.setdefault(type(self).__name__, self.state())
+        super().on_train_begin(args, state, control, **kwargs)
+
+
+def bad_evaluations(state: TrainerState) -> int:
+    """Return how many evaluations in a row have brought nothing better, as far as anybody counted."""
+    saved: Any = state.stateful_callbacks or {}
+    counted = saved.get(EarlyStopping.__name__, {}).get("attributes", {})
+    return int(counted.get("early_stopping_patience_counter", 0))
+
+
+class TaskTrainer(SafeTrainer):
     """Trains a model on the data of a task and judges it as the task says."""
 
-    def __init__(self, task: Task, budget: Budget, **kwargs: Any) -> None:
+    def __init__(self, task: Task, budget: Budget, request: StopRequest, **kwargs: Any) -> None:
         self.task = task
         self.settings: TrainingSettings = task.settings
         self.budget = budget
-        callbacks: list[TrainerCallback] = [Rhythm(self.settings, budget), *kwargs.pop("callbacks", [])]
+        self.rhythm = Rhythm(self.settings, budget, request)
+        callbacks: list[TrainerCallback] = [self.rhythm, *kwargs.pop("callbacks", [])]
         if self.settings.early_stopping is not None:
-            callbacks.append(EarlyStoppingCallback(self.settings.early_stopping))
+            callbacks.append(EarlyStopping(self.settings.early_stopping))
         if self.settings.tensorboard:
             callbacks.append(_tensorboard(self.settings.output))
         if task.stream is not None:
@@ -189,11 +224,6 @@ class TaskTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the task's measures and the time spent to every entry of the log."""
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise ValueError(
-                f"the loss is {logs['loss']} at step {self.state.global_step}: training has diverged; "
-                f"learning_rate {self.settings.learning_rate} is too high, or precision too low"
-            )
         logs["seconds"] = round(self.budget.seconds, 3)
         self.task.add_to_log(logs)
         super().log(logs, *args, **kwargs)
