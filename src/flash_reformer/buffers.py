@@ -134,3 +134,13 @@ def begin_walk() -> None:
 def end_walk() -> None:
     """Give back what they have left, and what they will."""
     _streams.keep_at_most(0)
+
+
+def keep_results(limit: float) -> None:
+    """Keep no more than so many bytes of freed results on this thread from now on."""
+    _results.keep_at_most(limit)
+
+
+def kept_results() -> int:
+    """Return how many bytes of freed results this thread keeps at the moment."""
+    return sum(size for size, _, _ in list(_results._kept.free))

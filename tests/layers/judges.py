@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -75,8 +75,10 @@ def slopes(model: nn.Module, seed: int = 7, **inputs: Any) -> tuple[Gradients, d
     return grads, judged
 
 
-def rebuild_errors(model: nn.Module, **inputs: Any) -> list[tuple[float, float]]:
-    """Return, per layer from the bottom, the relative errors of the inputs of attention and feed-forward as rebuilt.
+def rebuilt(
+    model: nn.Module, loss: Callable[..., Tensor] = loss_of, **inputs: Any
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """Return, per layer from the bottom, the inputs of attention and feed-forward: as they were, and as rebuilt.
 
     Attention reads the second stream of the block's input. Feed-forward reads the first stream of its output, which
     is the next block's first input. So together they are every block's input.
@@ -92,11 +94,16 @@ def rebuild_errors(model: nn.Module, **inputs: Any) -> list[tuple[float, float]]
 
             hooks.append(module.register_forward_pre_hook(note))
         seen.append(pair)
-    take_step(model, **inputs)
+    take_step(model, loss=loss, **inputs)
     for hook in hooks:
         hook.remove()
+    return [[(first, again) for first, again in pair] for pair in seen]
+
+
+def rebuild_errors(model: nn.Module, loss: Callable[..., Tensor] = loss_of, **inputs: Any) -> list[tuple[float, float]]:
+    """Return the relative errors of what :func:`rebuilt` returns, per layer: attention's input, feed-forward's."""
     errors = []
-    for pair in seen:
+    for pair in rebuilt(model, loss, **inputs):
         found = []
         for first, again in pair:
             assert first.norm() > 0

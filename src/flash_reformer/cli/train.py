@@ -10,6 +10,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from flash_reformer.cli.errors import readable_errors
+from flash_reformer.cli.estimate import describe_estimate
 from flash_reformer.cli.options import (
     flag,
     given_model_fields,
@@ -57,6 +58,10 @@ def _add(task: type[Task], says: str, example: str) -> None:
         resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
         resume_from: Annotated[str | None, typer.Option(help="Go on from this checkpoint.")] = None,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run in --output.")] = False,
+        dry_run: Annotated[
+            bool,
+            typer.Option("--dry-run", help="Say what the run would take in memory and time, and write nothing."),
+        ] = False,
         debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
         **given: Any,
     ) -> None:
@@ -67,16 +72,25 @@ def _add(task: type[Task], says: str, example: str) -> None:
                 raise ValueError(f"unexpected argument {str(files[0])!r}: {hint}")
             if files:
                 given["text"] = [*given["text"], *map(str, files)]
-            with ProgressBar(console) as bar:
-                if resume or resume_from is not None:
-                    _refuse_on_resume(resume, resume_from, given, preset=preset, config=config, overwrite=overwrite)
+            going_on = resume or resume_from is not None
+            if dry_run and (going_on or overwrite):
+                word = "--overwrite" if overwrite else "--resume" if resume else "--resume-from"
+                raise ValueError(f"--dry-run is about a new run, and writes nothing: it contradicts {word}")
+            if going_on:
+                _refuse_on_resume(resume, resume_from, given, preset=preset, config=config, overwrite=overwrite)
+                with ProgressBar(console) as bar:
                     result = _resume(task, given, resume_from, bar)
-                else:
-                    fields = _fields(given, config)
-                    start = PRESETS[preset].model if preset in PRESETS else {}
-                    sizes = {**task.model_defaults, **start, **fields}
-                    check_effect(given_model_fields(given), sizes.get("attn_layers", ReformerConfig().attn_layers))
-                    settings = given_settings(task, given)
+            else:
+                fields = _fields(given, config)
+                start = PRESETS[preset].model if preset in PRESETS else {}
+                sizes = {**task.model_defaults, **start, **fields}
+                check_effect(given_model_fields(given), sizes.get("attn_layers", ReformerConfig().attn_layers))
+                settings = given_settings(task, given)
+                if dry_run:
+                    for line in describe_estimate(recipes.dry_run(task.name, settings, fields, preset=preset)):
+                        console.print(line, highlight=False, markup=False, soft_wrap=True)
+                    return
+                with ProgressBar(console) as bar:
                     result = recipes.train(task.name, settings, fields, preset=preset, overwrite=overwrite, report=bar)
             _show(console, result)
 

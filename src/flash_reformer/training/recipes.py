@@ -13,7 +13,9 @@ from transformers import PreTrainedConfig, TrainerCallback
 
 from flash_reformer.models.configuration_reformer import ReformerConfig
 from flash_reformer.training.budget import Budget
+from flash_reformer.training.calibration import memory_of_process
 from flash_reformer.training.curve import save_loss_curve
+from flash_reformer.training.estimate import Estimate, data_memory, estimate
 from flash_reformer.training.presets import PRESETS, axial_shape
 from flash_reformer.training.progress import ProgressCallback, Report, peak_memory
 from flash_reformer.training.quiet import quiet_transformers
@@ -74,6 +76,35 @@ def train(
     Raises ``ValueError`` for bad settings and bad data before anything is written. Seeds torch's, numpy's and
     Python's default generators, as the Trainer does.
     """
+    prepared, network = _prepare(task, training, model, preset)
+    settings = prepared.settings
+    prepare_folder(settings.output, overwrite=overwrite)
+    write_settings(task, settings)
+    return _run(prepared, network, None, report, callbacks)
+
+
+def dry_run(
+    task: str,
+    training: Mapping[str, Any],
+    model: Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+) -> Estimate:
+    """Return what :func:`train` would take with these arguments: parameters, memory by part, time.
+
+    Reads the data, makes the model, and runs calibrating steps for up to ten seconds in a process of its own. Writes
+    nothing: ``output`` may be left out. Raises ``ValueError`` for what :func:`train` would refuse, but for the state
+    of the output folder.
+    """
+    before = memory_of_process()
+    prepared, network = _prepare(task, {**training, "output": training.get("output") or "nowhere"}, model, preset)
+    return estimate(prepared, network, _budget(prepared, None), data_memory(before))
+
+
+def _prepare(
+    task: str, training: Mapping[str, Any], model: Mapping[str, Any] | None, preset: str | None
+) -> tuple[Task, Any]:
+    """Check what is asked for, read the data, and make the model."""
     kind = task_class(task)
     given, fields = dict(training), dict(model or {})
     if preset is not None:
@@ -94,9 +125,7 @@ def train(
     limit = network.config.max_length_of_positions
     if settings.seq_len > limit:
         raise ValueError(f"seq_len must be at most {limit}, the positions of the model; got {settings.seq_len}")
-    prepare_folder(settings.output, overwrite=overwrite)
-    write_settings(task, settings)
-    return _run(prepared, network, None, report, callbacks)
+    return prepared, network
 
 
 def resume(
