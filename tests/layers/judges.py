@@ -89,10 +89,11 @@ def rebuilt(
         pair: tuple[list[Tensor], list[Tensor]] = ([], [])
         for module, inputs_seen in zip((layer.attention, layer.feed_forward), pair, strict=True):
 
-            def note(module: nn.Module, args: Any, inputs_seen: list[Tensor] = inputs_seen) -> None:
-                inputs_seen.append(args[0].detach().clone())
+            def note(module: nn.Module, args: Any, named: Any, inputs_seen: list[Tensor] = inputs_seen) -> None:
+                # transformers' layers, which benchmarks put here, too, give theirs by name.
+                inputs_seen.append((args[0] if args else named["hidden_states"]).detach().clone())
 
-            hooks.append(module.register_forward_pre_hook(note))
+            hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
         seen.append(pair)
     take_step(model, loss=loss, **inputs)
     for hook in hooks:
