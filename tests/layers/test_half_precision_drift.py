@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.mixed_precision import PRECISIONS, drift
-from flash_reformer import reversible
+from flash_reformer import functional, reversible
 from flash_reformer.residual import add_in_pieces
 from tests.layers.judges import rebuilt
 from tests.layers.tools import (
@@ -136,3 +136,18 @@ def test_a_model_in_half_precision_trains(dtype: torch.dtype) -> None:
         falls.append(losses[0] - losses[-1])
     assert falls[1] > 0.1
     assert falls[0] == pytest.approx(falls[1], rel=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_exact_attention_keeps_its_precision_under_autocast(dtype: torch.dtype) -> None:
+    """Scores and softmax are of at least fp32 whatever surrounds them (and -1e9 is no number of fp16)."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 40, 3, 8, generator=generator).requires_grad_() for _ in range(3))
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            out, lse = functional.exact_attention(query, key, value, causal=True, exclude_self=True)
+            grads = torch.autograd.grad(out.square().sum(), [query, key, value])
+        results.append([out, lse, *grads])
+    for single, under in zip(*results, strict=True):
+        torch.testing.assert_close(under, single)
