@@ -28,7 +28,8 @@ def clock(seconds: float | None) -> str:
 
 def describe(now: Progress) -> str:
     """Say in one line where a run stands."""
-    memory = "–" if now.memory_bytes is None else f"{now.memory_bytes / 2**30:.2f} GiB"
+    peak = "–" if now.memory_bytes is None else f"{now.memory_bytes / 2**30:.2f} GiB"
+    memory = peak if now.memory_now_bytes is None else f"{now.memory_now_bytes / 2**30:.2f} GiB, at most {peak}"
     quality = f"{now.training_measure} {_number(now.training)} · held-out {now.measure} {_number(now.held_out)} · "
     # What matters most comes first: a narrow terminal cuts the end off.
     return (

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments
 
 from flash_reformer import buffers
 from flash_reformer.models.configuration_reformer import ReformerConfig
+from flash_reformer.training.memory import memory_of_process, peak_of_process
 from flash_reformer.training.quiet import quiet_transformers
 
 #: What a model's forward takes, by name: tensors, and switches.
@@ -120,32 +121,6 @@ class Meter:
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
         return peak_of_process()
-
-
-def peak_of_process() -> int | None:
-    """Return the highest resident memory of this process in bytes; None where this system does not say."""
-    return _read_status("VmHWM:") or _peak_by_resource()
-
-
-def memory_of_process() -> int | None:
-    """Return the resident memory of this process at the moment, in bytes; None where this system does not say."""
-    return _read_status("VmRSS:")
-
-
-def _read_status(name: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text("utf-8").splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), None)
-
-
-def _peak_by_resource() -> int | None:
-    try:
-        import resource
-    except ImportError:  # not there on Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _c_library(function: str, *arguments: int) -> None:

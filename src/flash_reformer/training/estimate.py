@@ -24,7 +24,8 @@ import torch
 from transformers import TrainerControl
 
 from flash_reformer.training.budget import Budget
-from flash_reformer.training.calibration import Batch, Calibration, Request, memory_of_process
+from flash_reformer.training.calibration import Batch, Calibration, Request
+from flash_reformer.training.memory import memory_of_process
 from flash_reformer.training.tasks import Task
 from flash_reformer.training.trainer import Rhythm, training_arguments, uses_gpu
 

@@ -13,11 +13,11 @@ from transformers import PreTrainedConfig, TrainerCallback
 
 from flash_reformer.models.configuration_reformer import ReformerConfig
 from flash_reformer.training.budget import Budget
-from flash_reformer.training.calibration import memory_of_process
 from flash_reformer.training.curve import save_loss_curve
 from flash_reformer.training.estimate import Estimate, data_memory, estimate
+from flash_reformer.training.memory import memory_of_process, peak_memory
 from flash_reformer.training.presets import PRESETS, axial_shape
-from flash_reformer.training.progress import ProgressCallback, Report, peak_memory
+from flash_reformer.training.progress import ProgressCallback, Report
 from flash_reformer.training.quiet import quiet_transformers
 from flash_reformer.training.run_folder import (
     checkpoint_state,
@@ -30,7 +30,7 @@ from flash_reformer.training.run_folder import (
 from flash_reformer.training.settings import TrainingSettings
 from flash_reformer.training.sources import is_missing_folder
 from flash_reformer.training.tasks import TASKS, Task
-from flash_reformer.training.trainer import TaskTrainer, seconds_spent, uses_gpu
+from flash_reformer.training.trainer import TaskTrainer, check_reporters, seconds_spent, uses_gpu
 from flash_reformer.training.vocabulary import Vocabulary
 
 
@@ -112,6 +112,7 @@ def _prepare(
     settings = kind.settings_class(**kind.settings_class.with_end(given))
     settings.check_complete()
     uses_gpu(settings)
+    check_reporters(settings)
     if settings.init_from is not None and fields:
         raise ValueError(f"init_from brings its own model: it contradicts {', '.join(sorted(fields))}")
     if settings.init_from is None:
@@ -155,6 +156,7 @@ def resume(
     settings = resumed_settings(checkpoint, kind.settings_class, training)
     settings.check_complete()
     uses_gpu(settings)
+    check_reporters(settings)
     if Path(settings.output).resolve() != checkpoint.parent.resolve():
         prepare_folder(settings.output, overwrite=False)
     prepared = kind(settings, find_vocabulary(settings))
@@ -274,7 +276,7 @@ def _run(
     if budget.fraction(done) >= 1.0:
         raise ValueError(f"{checkpoint} is already at the end of its run: raise --max-steps or --max-minutes to go on")
     tokens_per_step = settings.batch_size * settings.gradient_accumulation * task.tokens_per_row
-    watchers = [] if report is None else [ProgressCallback(report, budget, tokens_per_step, task.measure)]
+    watchers = [] if report is None else [ProgressCallback(report, budget, tokens_per_step, task.measure, settings)]
     trainer = TaskTrainer(
         task,
         budget,

@@ -17,7 +17,7 @@ SETTINGS_FILE = "run.json"
 # What may differ when a run goes on; anything else would make it another run.
 CHANGEABLE = frozenset(
     {"output", "max_steps", "max_epochs", "max_minutes", "eval_interval", "save_interval", "save_total_limit"}
-    | {"log_interval", "eval_sequences", "sample_tokens", "cpu", "early_stopping", "tensorboard"}
+    | {"log_interval", "eval_sequences", "sample_tokens", "cpu", "early_stopping", "tensorboard", "trackio"}
 )
 
 # What a run leaves in its folder, so that starting over knows what is its to remove.

@@ -1,5 +1,6 @@
 """`transformers.Trainer` for any :class:`Task`, with a schedule that follows a :class:`Budget`."""
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,8 @@ from transformers import (
 )
 
 from flash_reformer.training.budget import Budget
+from flash_reformer.training.memory import current_memory, peak_memory
+from flash_reformer.training.progress import Speed
 from flash_reformer.training.run_folder import prune_checkpoints
 from flash_reformer.training.settings import TrainingSettings
 from flash_reformer.training.tasks import Task
@@ -78,6 +81,10 @@ class TaskTrainer(Trainer):
             callbacks.append(EarlyStoppingCallback(self.settings.early_stopping))
         if self.settings.tensorboard:
             callbacks.append(_tensorboard(self.settings.output))
+        if self.settings.trackio:
+            callbacks.append(_trackio())
+        self.speed = Speed(self.settings.batch_size * self.settings.gradient_accumulation * task.tokens_per_row)
+        callbacks.insert(0, self.speed)
         use_cache = bool(kwargs["model"].config.use_cache)
         super().__init__(
             args=training_arguments(task, use_cache),
@@ -137,19 +144,36 @@ class TaskTrainer(Trainer):
                 f"the loss is {logs['loss']} at step {self.state.global_step}: training has diverged; "
                 f"learning_rate {self.settings.learning_rate} is too high, or precision too low"
             )
+        if "loss" in logs:
+            logs["tokens_per_second"] = round(self.speed.since_last_time() * self.args.world_size, 1)
+            logs |= {
+                name: size
+                for name, size in (("memory_bytes", current_memory()), ("peak_memory_bytes", peak_memory()))
+                if size is not None
+            }
         logs["seconds"] = round(self.budget.seconds, 3)
         self.task.add_to_log(logs)
         super().log(logs, *args, **kwargs)
 
 
+def check_reporters(settings: TrainingSettings) -> None:
+    """Refuse to log to what is not installed."""
+    for name in ("tensorboard", "trackio"):
+        if getattr(settings, name) and importlib.util.find_spec(name) is None:
+            raise ImportError(f"--{name} needs the package `{name}`: pip install {name}")
+
+
 def _tensorboard(output: str) -> TrainerCallback:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("--tensorboard needs the package `tensorboard`: pip install tensorboard") from error
+    from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations.integration_utils import TensorBoardCallback
 
     return TensorBoardCallback(tb_writer=SummaryWriter(str(Path(output) / "tensorboard")))
+
+
+def _trackio() -> TrainerCallback:
+    from transformers.integrations.integration_utils import TrackioCallback
+
+    return TrackioCallback()
 
 
 def uses_gpu(settings: TrainingSettings) -> bool:
@@ -198,6 +222,8 @@ def training_arguments(task: Task, use_cache: bool) -> TrainingArguments:
         disable_tqdm=True,
         use_cache=use_cache,
         report_to="none",
+        # Of trackio's logs, which stay on this machine.
+        project=Path(settings.output).resolve().name or "flash-reformer",
     )
 
 
