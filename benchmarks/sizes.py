@@ -6,8 +6,8 @@ step: forward, backward, AdamW, its moments made before. Peaks are of resident m
 everything is imported.
 
 * Depth: what may grow is what depth needs in any case: weights, their gradients, AdamW's two moments, and 4 bytes per
-  position, head and hash round in every LSH layer. What grows beyond it is printed as the excess. Here freed memory goes
-  back at once, so that the peak is what tensors take.
+  position, head and hash round in every LSH layer. What grows beyond it is printed as the excess. Here freed memory
+  goes back at once, so that the peak is what tensors take.
 * Length: a model of a novel's size, with the allocator as users have it, ours and transformers' in turn. A length at
   which a contestant runs into ``--memory-limit`` or ``--time-limit`` is the last that it tries; the row says so.
 

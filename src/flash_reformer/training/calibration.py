@@ -33,7 +33,7 @@ Batch = dict[str, Any]
 SECONDS = 10.0
 _WHOLE = 0.5
 #: A first look at what a token costs, in tokens per row; steps at the whole length take their time in these runs.
-_LOOK, _REPEATS = 512, 40
+_LOOK, _REPEATS = 512, 30
 #: In a process with this setting the C library hands freed tensors back at once: resident memory is what lives.
 _M_MMAP_THRESHOLD, _HAND_BACK = -3, 2**18
 
@@ -62,7 +62,7 @@ class Request:
     loss_only: bool
     seq_len: int
     threads: int
-    seconds: float = SECONDS
+    seconds: float
 
 
 @dataclass

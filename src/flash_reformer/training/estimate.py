@@ -24,7 +24,7 @@ import torch
 from transformers import TrainerControl
 
 from flash_reformer.training.budget import Budget
-from flash_reformer.training.calibration import Batch, Calibration, Request
+from flash_reformer.training.calibration import SECONDS, Batch, Calibration, Request
 from flash_reformer.training.memory import memory_of_process
 from flash_reformer.training.tasks import Task
 from flash_reformer.training.trainer import Rhythm, training_arguments, uses_gpu
@@ -122,6 +122,7 @@ def estimate(task: Task, network: Any, budget: Budget, data_bytes: int) -> Estim
         task.loss_only,
         seq_len,
         torch.get_num_threads(),
+        SECONDS,
     )
     measured = _in_fresh_process(request)
     stretch = _mean_length(batches) / _mean_length([cut_like(batch, measured.length) for batch in request.training])
