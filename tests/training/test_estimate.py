@@ -169,9 +169,8 @@ def test_a_step_that_fits_is_measured_whole(text, measured):
     found = calibrate(dataclasses.replace(request_of(text, measured), threads=1, seconds=2.0))
     assert found.length == 64
     assert found.bytes_per_token == 0.0
-    assert found.seconds < 4.0
     assert min(found.micro_step, found.optimizer, found.evaluation, found.save) > 0
-    assert found.micro_step < 1.0
+    assert found.micro_step < found.seconds
 
 
 def test_a_step_that_does_not_fit_is_extrapolated(text, measured, monkeypatch):

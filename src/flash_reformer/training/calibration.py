@@ -211,17 +211,18 @@ def calibrate(request: Request) -> Calibration:
         steps.step(look)
         per_token = sum(steps.step(look)) / look
         found.steps = 2
+        # A run's steps come after a checkpoint, too, and the libraries that it needs stay.
+        found.save = steps.save(folder)
         left = request.seconds - (time.perf_counter() - start)
         # A step, an evaluation and one more step; two forwards and backwards in each step of accumulation.
         cost = (2.4 + 2 * twice) * per_token
-        whole = cost * request.seq_len <= left
+        whole = look == request.seq_len or cost * request.seq_len <= left
         found.length = request.seq_len if whole else max(look, min(request.seq_len, int(_WHOLE * left / cost)))
         meter.reset()
         _measure_whole(steps, found, start + request.seconds * (0.8 if whole else _WHOLE), twice=twice)
         peak = meter.peak()
         found.peak = None if peak is None else max(0, peak - base)
         found.kept = buffers.kept_results()
-        found.save = steps.save(folder)
         found.says.append(f"{found.steps} steps of {_tokens(look)} and {_tokens(found.length)} per row")
         if not whole:
             del steps
