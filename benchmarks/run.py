@@ -23,12 +23,15 @@ BENCHMARKS = {
     "decode": "cost of a token after a long context, against transformers' Reformer",
     "speed": "time and memory of layers and models, against transformers, reformer-pytorch and exact attention",
     "depth_memory": "peak memory of a training step against depth",
+    "sizes": "memory and time of a training step against depth and length, up to a novel, against transformers",
+    "mixed_precision": "drift of what the backward rebuilds in half precision, losses of runs in bf16 and fp32",
+    "dry_run": "what a dry run says of memory and time against what runs then take",
     "duplication": "the duplication task, three seeds, both ways",
     "recipes": "what the recipes learn with their defaults, judged by the pipelines",
     "tokenizers": "tokenizers against SentencePiece and transformers' own: ids that differ, MB/s",
 }
 #: Those that have a shorter version.
-QUICK = ("speed",)
+QUICK = ("speed", "sizes", "mixed_precision", "dry_run")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -50,7 +50,9 @@ ROOMS = {
     "inspection": _room("functional models", "torch", lazily="matplotlib"),
     "tokenization": _room("", "transformers tokenizers sentencepiece"),
     "training": _room(
-        "models tokenization", "torch transformers accelerate numpy rich safetensors", lazily="datasets matplotlib"
+        "buffers models tokenization",
+        "torch transformers accelerate numpy rich safetensors",
+        lazily="datasets matplotlib",
     ),
     "cli": _room(
         "root functional layers models distributed inspection tokenization training", "torch transformers typer rich"

@@ -109,7 +109,8 @@ class _Kept:
 
 
 #: What results of operations may keep while nobody holds them. Streams keep all they need while a chain is walked.
-_results, _streams = _Pool(2**26), _Pool(0)
+RESULTS_KEPT = 2**26
+_results, _streams = _Pool(RESULTS_KEPT), _Pool(0)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -144,3 +145,13 @@ def begin_walk() -> None:
 def end_walk() -> None:
     """Give back what they have left, and what they will."""
     _streams.keep_at_most(0)
+
+
+def keep_results(limit: float) -> None:
+    """Keep no more than so many bytes of freed results on this thread from now on."""
+    _results.keep_at_most(limit)
+
+
+def kept_results() -> int:
+    """Return how many bytes of freed results this thread keeps at the moment."""
+    return sum(size for size, _, _ in list(_results._kept.free))

@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -217,4 +218,6 @@ def test_progress_is_one_readable_line():
     now = Progress("step", 12, 0.5, 4096, 1234.5, 61.0, "accuracy", "loss", 3.14159, None, 2**30)
     said = "1,234 tokens/s · loss 3.142 · held-out accuracy – · 1:01 left · step 12 · 1.00 GiB"
     assert describe(now) == said
+    now = replace(now, memory_now_bytes=2**29)
+    assert describe(now).endswith("step 12 · 0.50 GiB, at most 1.00 GiB")
     assert describe(Progress("start")) == "0 tokens/s · – left · step 0 · –"

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -75,8 +75,10 @@ def slopes(model: nn.Module, seed: int = 7, **inputs: Any) -> tuple[Gradients, d
     return grads, judged
 
 
-def rebuild_errors(model: nn.Module, **inputs: Any) -> list[tuple[float, float]]:
-    """Return, per layer from the bottom, the relative errors of the inputs of attention and feed-forward as rebuilt.
+def rebuilt(
+    model: nn.Module, loss: Callable[..., Tensor] = loss_of, **inputs: Any
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """Return, per layer from the bottom, the inputs of attention and feed-forward: as they were, and as rebuilt.
 
     Attention reads the second stream of the block's input. Feed-forward reads the first stream of its output, which
     is the next block's first input. So together they are every block's input.
@@ -87,16 +89,22 @@ def rebuild_errors(model: nn.Module, **inputs: Any) -> list[tuple[float, float]]
         pair: tuple[list[Tensor], list[Tensor]] = ([], [])
         for module, inputs_seen in zip((layer.attention, layer.feed_forward), pair, strict=True):
 
-            def note(module: nn.Module, args: Any, inputs_seen: list[Tensor] = inputs_seen) -> None:
-                inputs_seen.append(args[0].detach().clone())
+            def note(module: nn.Module, args: Any, named: Any, inputs_seen: list[Tensor] = inputs_seen) -> None:
+                # transformers' layers, which benchmarks put here, too, give theirs by name.
+                inputs_seen.append((args[0] if args else named["hidden_states"]).detach().clone())
 
-            hooks.append(module.register_forward_pre_hook(note))
+            hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
         seen.append(pair)
-    take_step(model, **inputs)
+    take_step(model, loss=loss, **inputs)
     for hook in hooks:
         hook.remove()
+    return [[(first, again) for first, again in pair] for pair in seen]
+
+
+def rebuild_errors(model: nn.Module, loss: Callable[..., Tensor] = loss_of, **inputs: Any) -> list[tuple[float, float]]:
+    """Return the relative errors of what :func:`rebuilt` returns, per layer: attention's input, feed-forward's."""
     errors = []
-    for pair in seen:
+    for pair in rebuilt(model, loss, **inputs):
         found = []
         for first, again in pair:
             assert first.norm() > 0

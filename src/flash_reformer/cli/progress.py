@@ -17,7 +17,8 @@ def _number(value: float | None, form: str = "{:.3f}") -> str:
     return "–" if value is None else form.format(value)
 
 
-def _clock(seconds: float | None) -> str:
+def clock(seconds: float | None) -> str:
+    """Return a time as hours, minutes and seconds."""
     if seconds is None:
         return "–"
     minutes, rest = divmod(round(seconds), 60)
@@ -27,11 +28,12 @@ def _clock(seconds: float | None) -> str:
 
 def describe(now: Progress) -> str:
     """Say in one line where a run stands."""
-    memory = "–" if now.memory_bytes is None else f"{now.memory_bytes / 2**30:.2f} GiB"
+    peak = "–" if now.memory_bytes is None else f"{now.memory_bytes / 2**30:.2f} GiB"
+    memory = peak if now.memory_now_bytes is None else f"{now.memory_now_bytes / 2**30:.2f} GiB, at most {peak}"
     quality = f"{now.training_measure} {_number(now.training)} · held-out {now.measure} {_number(now.held_out)} · "
     # What matters most comes first: a narrow terminal cuts the end off.
     return (
-        f"{now.tokens_per_second:,.0f} tokens/s · {quality if now.measure else ''}{_clock(now.seconds_left)} left · "
+        f"{now.tokens_per_second:,.0f} tokens/s · {quality if now.measure else ''}{clock(now.seconds_left)} left · "
         f"step {now.step} · {memory}"
     )
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from flash_reformer.cli.errors import TERMINATED, readable_errors
+from flash_reformer.cli.estimate import describe_estimate
 from flash_reformer.cli.options import (
     flag,
     given_model_fields,
@@ -62,6 +63,10 @@ def _add(task: type[Task], says: str, example: str) -> None:
             typer.Option("--auto-resume", help="Go on with this run if --output holds it, or start it."),
         ] = False,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run in --output.")] = False,
+        dry_run: Annotated[
+            bool,
+            typer.Option("--dry-run", help="Say what the run would take in memory and time, and write nothing."),
+        ] = False,
         debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
         **given: Any,
     ) -> None:
@@ -73,26 +78,25 @@ def _add(task: type[Task], says: str, example: str) -> None:
                 raise ValueError(f"unexpected argument {str(files[0])!r}: {hint}")
             if files:
                 given["text"] = [*given["text"], *map(str, files)]
+            if resume or resume_from is not None:
+                others = {"preset": preset, "config": config, "auto_resume": auto_resume, "overwrite": overwrite}
+                _refuse_on_resume(resume, resume_from, given, **others, dry_run=dry_run)
+                with ProgressBar(console) as bar:
+                    _show(console, _resume(task, given, resume_from, bar))
+                return
+            fields = _fields(given, config)
+            start = PRESETS[preset].model if preset in PRESETS else {}
+            sizes = {**task.model_defaults, **start, **fields}
+            check_effect(given_model_fields(given), sizes.get("attn_layers", ReformerConfig().attn_layers))
+            settings = given_settings(task, given)
+            if dry_run:
+                _refuse_on_dry_run(overwrite=overwrite, auto_resume=auto_resume)
+                for line in describe_estimate(recipes.dry_run(task.name, settings, fields, preset=preset)):
+                    console.print(line, highlight=False, markup=False, soft_wrap=True)
+                return
+            more: dict[str, Any] = {"preset": preset, "overwrite": overwrite, "auto_resume": auto_resume}
             with ProgressBar(console) as bar:
-                if resume or resume_from is not None:
-                    others = {"preset": preset, "config": config, "auto_resume": auto_resume, "overwrite": overwrite}
-                    _refuse_on_resume(resume, resume_from, given, **others)
-                    result = _resume(task, given, resume_from, bar)
-                else:
-                    fields = _fields(given, config)
-                    start = PRESETS[preset].model if preset in PRESETS else {}
-                    sizes = {**task.model_defaults, **start, **fields}
-                    check_effect(given_model_fields(given), sizes.get("attn_layers", ReformerConfig().attn_layers))
-                    settings = given_settings(task, given)
-                    result = recipes.train(
-                        task.name,
-                        settings,
-                        fields,
-                        preset=preset,
-                        overwrite=overwrite,
-                        auto_resume=auto_resume,
-                        report=bar,
-                    )
+                result = recipes.train(task.name, settings, fields, **more, report=bar)
             _show(console, result)
 
     command.__doc__ = f"{says}\n\nFor example: flash-reformer train {task.name} {example}"
@@ -136,6 +140,12 @@ def _fields(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
     if "attn_layers" in fields:
         base.pop("num_hidden_layers", None)  # it counts the layers that --layers replaces
     return {**base, **fields}
+
+
+def _refuse_on_dry_run(**others: bool) -> None:
+    for name, value in others.items():
+        if value:
+            raise ValueError(f"--dry-run is about a new run, and writes nothing: it contradicts {flag(name)}")
 
 
 def _refuse_on_resume(resume: bool, resume_from: str | None, given: Mapping[str, Any], **others: Any) -> None:

@@ -23,7 +23,9 @@ from flash_reformer.training.building import (
     task_class,
 )
 from flash_reformer.training.checkpoints import own_checkpoints, step_of
+from flash_reformer.training.estimate import Estimate, data_memory, estimate
 from flash_reformer.training.lengths import StreamPosition
+from flash_reformer.training.memory import memory_of_process
 from flash_reformer.training.progress import ProgressCallback, Report
 from flash_reformer.training.quiet import quiet_transformers
 from flash_reformer.training.results import TrainingResult, finish, left_by
@@ -44,7 +46,14 @@ from flash_reformer.training.run_folder import (
 from flash_reformer.training.settings import TrainingSettings
 from flash_reformer.training.signals import Terminated, stop_on_sigterm
 from flash_reformer.training.tasks import Task
-from flash_reformer.training.trainer import TaskTrainer, bad_evaluations, seconds_spent, uses_gpu
+from flash_reformer.training.trainer import (
+    TaskTrainer,
+    bad_evaluations,
+    check_reporters,
+    seconds_spent,
+    tokens_of,
+    uses_gpu,
+)
 
 
 class LostRankError(RuntimeError):
@@ -133,6 +142,28 @@ def _on_ranks(settings: TrainingSettings) -> Iterator[None]:
 def _check_devices(settings: TrainingSettings) -> None:
     settings.check_ranks(ranks.is_launched())
     uses_gpu(settings)
+    check_reporters(settings)
+
+
+def dry_run(
+    task: str,
+    training: Mapping[str, Any],
+    model: Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+) -> Estimate:
+    """Return what :func:`train` would take with these arguments: parameters, memory by part, time.
+
+    Reads the data, makes the model, and runs calibrating steps for up to ten seconds in a process of its own. Writes
+    nothing: ``output`` may be left out. Raises ``ValueError`` for what :func:`train` would refuse, but for the state
+    of the output folder.
+    """
+    before = memory_of_process()
+    training = {**training, "output": training.get("output") or "nowhere"}
+    kind, settings, fields = _asked(task, training, model, preset)
+    _check_devices(settings)
+    prepared, network = prepare(kind, settings, fields)
+    return estimate(prepared, network, _budget(prepared, None), data_memory(before))
 
 
 def resume(
@@ -226,11 +257,6 @@ def _is_over(task: Task, checkpoint: Path) -> bool:
     return stopped_early or _budget(task, checkpoint).fraction(state.global_step) >= 1.0
 
 
-def _tokens_of(task: Task, steps: int) -> float:
-    """Tokens that all ranks together train on in their first ``steps`` steps."""
-    return task.tokens_of(steps) * ranks.world_size()
-
-
 def _run(
     task: Task,
     network: Any,
@@ -246,10 +272,9 @@ def _run(
             f"{checkpoint} is already at the end of its run: raise --max-steps or --max-minutes (or --early-stopping, "
             "if it has stopped early) to go on"
         )
-    tokens_of = functools.partial(_tokens_of, task)
     watchers = []
     if report is not None and ranks.is_main():
-        watchers.append(ProgressCallback(report, budget, tokens_of, task.measure))
+        watchers.append(ProgressCallback(report, budget, functools.partial(tokens_of, task), task.measure, settings))
     with stop_on_sigterm() as request, quiet_transformers():
         trainer = TaskTrainer(
             task,
@@ -272,7 +297,7 @@ def _run(
         seconds = budget.seconds
         trainer.save_final_model()
         steps = trainer.state.global_step
-        return finish(task, trainer, {"seconds": round(seconds, 1), "tokens": round(tokens_of(steps))})
+        return finish(task, trainer, {"seconds": round(seconds, 1), "tokens": round(tokens_of(task, steps))})
 
 
 def _train_on(trainer: TaskTrainer, checkpoint: Path | None) -> None:

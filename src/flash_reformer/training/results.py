@@ -8,7 +8,7 @@ from typing import Any
 
 from flash_reformer.training.checkpoints import own_checkpoints, step_of, write_text
 from flash_reformer.training.curve import save_loss_curve
-from flash_reformer.training.progress import peak_memory
+from flash_reformer.training.memory import peak_memory
 from flash_reformer.training.ranks import is_main, together
 from flash_reformer.training.tasks import Task
 from flash_reformer.training.trainer import TaskTrainer

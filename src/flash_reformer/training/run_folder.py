@@ -31,7 +31,7 @@ _MODEL, _SEALED = "model_fields", "sealed_from"
 CHANGEABLE = frozenset(
     {"output", "max_steps", "max_epochs", "max_minutes", "eval_interval", "save_interval", "save_total_limit"}
     | {"find_unused_parameters", "static_graph", "cpu_offload"}
-    | {"log_interval", "eval_sequences", "sample_tokens", "cpu", "early_stopping", "tensorboard"}
+    | {"log_interval", "eval_sequences", "sample_tokens", "cpu", "early_stopping", "tensorboard", "trackio"}
 )
 
 # What a run leaves in its folder, so that starting over knows what is its to remove.

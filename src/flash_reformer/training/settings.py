@@ -83,6 +83,9 @@ class TrainingSettings:
         None, "Stop after so many evaluations in a row without a better held-out result.", "Reports"
     )
     tensorboard: bool = option(False, "Also write logs for TensorBoard, into OUTPUT/tensorboard.", "Reports")
+    trackio: bool = option(
+        False, "Also log to trackio, on this machine; `trackio show` shows it. The project is OUTPUT's name.", "Reports"
+    )
     log_interval: int = option(5, "Steps between points of the loss curve.", "Reports")
 
     # How many evaluations a run has where no interval is asked for.

@@ -1,5 +1,7 @@
 """`transformers.Trainer` for any :class:`Task`, with a schedule that follows a :class:`Budget`."""
 
+import functools
+import importlib.util
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +21,8 @@ from flash_reformer.training import ranks
 from flash_reformer.training.budget import Budget
 from flash_reformer.training.checkpoints import prune_checkpoints
 from flash_reformer.training.lengths import GrowingPositions, StreamPosition
+from flash_reformer.training.memory import current_memory, peak_memory
+from flash_reformer.training.progress import Speed
 from flash_reformer.training.safety import SafeTrainer
 from flash_reformer.training.settings import TrainingSettings
 from flash_reformer.training.sharding import fsdp_config, use_fsdp
@@ -122,10 +126,14 @@ class TaskTrainer(SafeTrainer):
             callbacks.append(EarlyStopping(self.settings.early_stopping))
         if self.settings.tensorboard:
             callbacks.append(_tensorboard(self.settings.output))
+        if self.settings.trackio:
+            callbacks.append(_trackio())
         if task.stream is not None:
             callbacks.append(StreamPosition(task.stream))
         if getattr(self.settings, "grow_positions", False):
             callbacks.append(GrowingPositions(task.settings, task.vocabulary.tokenizer))
+        self.speed = Speed(functools.partial(tokens_of, task))
+        callbacks.insert(0, self.speed)
         use_cache = bool(kwargs["model"].config.use_cache)
         super().__init__(
             args=training_arguments(task, use_cache),
@@ -224,19 +232,41 @@ class TaskTrainer(SafeTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the task's measures and the time spent to every entry of the log."""
+        if "loss" in logs:
+            logs["tokens_per_second"] = round(self.speed.since_last_time(), 1)
+            logs |= {
+                name: size
+                for name, size in (("memory_bytes", current_memory()), ("peak_memory_bytes", peak_memory()))
+                if size is not None
+            }
         logs["seconds"] = round(self.budget.seconds, 3)
         self.task.add_to_log(logs)
         super().log(logs, *args, **kwargs)
 
 
+def tokens_of(task: Task, steps: int) -> float:
+    """Tokens that all ranks together train on in their first ``steps`` steps."""
+    return task.tokens_of(steps) * ranks.world_size()
+
+
+def check_reporters(settings: TrainingSettings) -> None:
+    """Refuse to log to what is not installed."""
+    for name in ("tensorboard", "trackio"):
+        if getattr(settings, name) and importlib.util.find_spec(name) is None:
+            raise ImportError(f"--{name} needs the package `{name}`: pip install {name}")
+
+
 def _tensorboard(output: str) -> TrainerCallback:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("--tensorboard needs the package `tensorboard`: pip install tensorboard") from error
+    from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations.integration_utils import TensorBoardCallback
 
     return TensorBoardCallback(tb_writer=SummaryWriter(str(Path(output) / "tensorboard")))
+
+
+def _trackio() -> TrainerCallback:
+    from transformers.integrations.integration_utils import TrackioCallback
+
+    return TrackioCallback()
 
 
 def uses_gpu(settings: TrainingSettings) -> bool:
@@ -296,6 +326,8 @@ def training_arguments(task: Task, use_cache: bool) -> TrainingArguments:
         disable_tqdm=True,
         use_cache=use_cache,
         report_to="none",
+        # Of trackio's logs, which stay on this machine.
+        project=Path(settings.output).resolve().name or "flash-reformer",
     )
     # One process trains on one device: with several, the Trainer would take nn.DataParallel (see docs/distributed.md).
     arguments._n_gpu = min(arguments.n_gpu, 1)

@@ -60,8 +60,13 @@ def _back(x_GTD: Tensor, like_BTHD: Tensor) -> Tensor:
     return x_GTD.view(B, H, T, D).transpose(1, 2).to(like_BTHD.dtype).contiguous()
 
 
+def _bmm(x_GAB: Tensor, y_GBC: Tensor) -> Tensor:
+    """Return the products in the precision of the operands: autocast leaves those that are given their room alone."""
+    return torch.bmm(x_GAB, y_GBC, out=x_GAB.new_empty(x_GAB.shape[0], x_GAB.shape[1], y_GBC.shape[2]))
+
+
 def _scores(query_GTD: Tensor, key_GTD: Tensor, block: _Block, exact: Exact, num_heads: int) -> Tensor:
-    scores_gQK = torch.bmm(query_GTD[block.rows, block.start : block.stop], key_GTD[block.rows, : block.seen].mT)
+    scores_gQK = _bmm(query_GTD[block.rows, block.start : block.stop], key_GTD[block.rows, : block.seen].mT)
     if exact.causal:
         # Minima are ten times as fast as masked fills.
         size = block.stop - block.start
@@ -103,7 +108,7 @@ def attend_exactly(query_BTHD: Tensor, key_BTHD: Tensor, v_BTHD: Tensor, exact: 
         keep_gQK = _keep(block, exact, T)
         if keep_gQK is not None:
             torch.mul(probs_gQK, keep_gQK, out=probs_gQK)
-        out_gQD = torch.bmm(probs_gQK, value_GTD[block.rows, : block.seen])
+        out_gQD = _bmm(probs_gQK, value_GTD[block.rows, : block.seen])
         if keep_gQK is not None:
             out_gQD.mul_(kept_scale(exact.dropout_p))
         out_GTD[block.rows, block.start : block.stop] = out_gQD
@@ -134,13 +139,13 @@ def attend_exactly_backward(
     for block in _blocks(B * H, T, exact):
         rows, queries, keys = block.rows, slice(block.start, block.stop), slice(0, block.seen)
         probs_gQK = torch.softmax(_scores(query_GTD, key_GTD, block, exact, H), -1)
-        d_scores_gQK = torch.bmm(d_out_GTD[rows, queries], value_GTD[rows, keys].mT)
+        d_scores_gQK = _bmm(d_out_GTD[rows, queries], value_GTD[rows, keys].mT)
         kept_gQK, keep_gQK = probs_gQK, _keep(block, exact, T)
         if keep_gQK is not None:
             kept_gQK = torch.mul(probs_gQK, keep_gQK).mul_(kept_scale(exact.dropout_p))
             torch.mul(d_scores_gQK, keep_gQK, out=d_scores_gQK).mul_(kept_scale(exact.dropout_p))
-        d_value_GTD[rows, keys] += torch.bmm(kept_gQK.mT, d_out_GTD[rows, queries])
+        d_value_GTD[rows, keys] += _bmm(kept_gQK.mT, d_out_GTD[rows, queries])
         d_scores_gQK.sub_(delta_GT1[rows, queries]).mul_(probs_gQK)
-        d_query_GTD[rows, queries] = torch.bmm(d_scores_gQK, key_GTD[rows, keys]).mul_(alive_GT1[rows, queries])
-        d_key_GTD[rows, keys] += torch.bmm(d_scores_gQK.mT, live_query_GTD[rows, queries])
+        d_query_GTD[rows, queries] = _bmm(d_scores_gQK, key_GTD[rows, keys]).mul_(alive_GT1[rows, queries])
+        d_key_GTD[rows, keys] += _bmm(d_scores_gQK.mT, live_query_GTD[rows, queries])
     return _back(d_query_GTD, query_BTHD), _back(d_key_GTD, key_BTHD), _back(d_value_GTD, v_BTHD)
