@@ -80,7 +80,7 @@ class LSHSelfAttention(nn.Module):
         return self.query_key(hidden_BTE).unflatten(-1, heads), self.value(hidden_BTE).unflatten(-1, heads)
 
     def _hash(self, qk_BTHD: Tensor, call: Call) -> Tensor:
-        rotations_HDRM = functional.draw_rotations(
+        all_rotations_HDRM = functional.draw_rotations(
             call.seed_for_rotations(self.layer_idx),
             self.num_attention_heads,
             self.attention_head_size,
@@ -89,17 +89,18 @@ class LSHSelfAttention(nn.Module):
             qk_BTHD.dtype,
             qk_BTHD.device,
         )
+        rotations_HDRM = call.exchange.my_heads(all_rotations_HDRM)
         return functional.hash_vectors(qk_BTHD, rotations_HDRM, call.bucket_factors, call.mask_BT, backend=call.backend)
 
     def forward(
         self, hidden_BTE: Tensor, call: Call, head_mask_H: Tensor | None = None, record: Record | None = None
     ) -> tuple[Tensor, Record]:
         """Return ``[B, T, H*D]`` and the buckets, which a recomputation passes back as ``record``."""
-        qk_BTHD, v_BTHD = self._project(hidden_BTE)
+        qk_BTHD, v_BTHD = map(call.exchange.to_heads, self._project(hidden_BTE))
         dropout = call.dropout(self.dropout, self.layer_idx, self.training)
         # Only the forward fills a cache, not its recomputation.
         fill = call.fill if record is None else None
-        if _fits_one_chunk(hidden_BTE.shape[1], self.chunk_length, call):
+        if _fits_one_chunk(qk_BTHD.shape[1], self.chunk_length, call):
             if fill is not None:
                 self._fill(fill, qk_BTHD, v_BTHD, None, None, call)
             out_BTHD, _ = functional.exact_attention(
@@ -113,7 +114,7 @@ class LSHSelfAttention(nn.Module):
                 **dropout,
                 backend=call.backend,
             )
-            return out_BTHD.flatten(2), ()
+            return call.exchange.to_positions(out_BTHD).flatten(2), ()
         buckets_BHRT = self._hash(qk_BTHD, call) if record is None else record[0]
         sorted_positions_BHRT = functional.sort_positions(buckets_BHRT, backend=call.backend)
         if fill is not None:
@@ -130,7 +131,7 @@ class LSHSelfAttention(nn.Module):
             deterministic=call.deterministic,
             backend=call.backend,
         )
-        return out_BTHD.flatten(2), (buckets_BHRT,)
+        return call.exchange.to_positions(out_BTHD).flatten(2), (buckets_BHRT,)
 
     def _fill(
         self,
@@ -195,7 +196,7 @@ class LSHSelfAttention(nn.Module):
 
     def probs(self, hidden_BTE: Tensor, call: Call, head_mask_H: Tensor | None, record: Record) -> Tensor:
         """Return this call's attention probabilities: ``[B, H, N, C, W]`` in sorted order, or ``[B, H, T, T]``."""
-        qk_BTHD, _ = self._project(hidden_BTE)
+        qk_BTHD = call.exchange.to_heads(self._project(hidden_BTE)[0])
         if not record:
             probs, _ = functional.exact_probs(
                 qk_BTHD, functional.normalize_keys(qk_BTHD), call.mask_BT, causal=self.causal, exclude_self=True
@@ -238,14 +239,15 @@ class LocalSelfAttention(nn.Module):
         self, hidden_BTE: Tensor, call: Call, head_mask_H: Tensor | None = None, record: Record | None = None
     ) -> tuple[Tensor, Record]:
         """Return ``[B, T, H*D]`` and an empty record: nothing here is decided twice."""
-        query, key, value = (self._split_heads(p(hidden_BTE)) for p in (self.query, self.key, self.value))
+        projected = (self._split_heads(p(hidden_BTE)) for p in (self.query, self.key, self.value))
+        query, key, value = map(call.exchange.to_heads, projected)
         options: dict[str, Any] = {**call.dropout(self.dropout, self.layer_idx, self.training), "backend": call.backend}
         if call.fill is not None and record is None:
             scaled = key.detach() / math.sqrt(self.attention_head_size)
             state: Any = call.fill.states[self.layer_idx]
             with ordinary_tensors():
                 state.fill(scaled, value, call.fill)
-        if _fits_one_chunk(hidden_BTE.shape[1], self.chunk_length, call):
+        if _fits_one_chunk(query.shape[1], self.chunk_length, call):
             key = key / math.sqrt(self.attention_head_size)
             out_BTHD, _ = functional.exact_attention(
                 query, key, value, call.mask_BT, head_mask_H, causal=self.causal, **options
@@ -254,7 +256,7 @@ class LocalSelfAttention(nn.Module):
             out_BTHD, _ = functional.local_attention(
                 query, key, value, call.mask_BT, head_mask_H, **self.window, **options
             )
-        return out_BTHD.flatten(2), ()
+        return call.exchange.to_positions(out_BTHD).flatten(2), ()
 
     def decode(self, hidden_BTE: Tensor, step: Step, state: LocalState, head_mask_H: Tensor | None = None) -> Tensor:
         """Return ``[B, T, H*D]`` for new tokens; the state goes on by them."""
@@ -287,8 +289,8 @@ class LocalSelfAttention(nn.Module):
 
     def probs(self, hidden_BTE: Tensor, call: Call, head_mask_H: Tensor | None, record: Record) -> Tensor:
         """Return the attention probabilities of the same call: ``[B, H, N, C, W]``, or ``[B, H, T, T]``."""
-        query, key = (self._split_heads(p(hidden_BTE)) for p in (self.query, self.key))
-        if _fits_one_chunk(hidden_BTE.shape[1], self.chunk_length, call):
+        query, key = (call.exchange.to_heads(self._split_heads(p(hidden_BTE))) for p in (self.query, self.key))
+        if _fits_one_chunk(query.shape[1], self.chunk_length, call):
             key = key / math.sqrt(self.attention_head_size)
             probs, _ = functional.exact_probs(query, key, call.mask_BT, causal=self.causal, exclude_self=False)
         else:
