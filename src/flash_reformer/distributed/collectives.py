@@ -1,8 +1,8 @@
 """Collective operations that gradients pass through.
 
 Their gradients are honest ones: what a rank gets back is the derivative of the sum of all ranks' losses by what it
-gave. So if every rank computes a loss, the mean over ranks of a parameter's gradients is the gradient of the mean of
-the losses, whatever each rank has computed by itself, and whatever together. Engines of data parallelism take that mean.
+gave. So if every rank computes a loss, the mean over ranks of a parameter's gradients is the gradient of the losses'
+mean, whatever each rank has computed by itself, and whatever together. Engines of data parallelism take that mean.
 
 All tensors travel as bytes, so that any dtype may. Letters: P ranks, X anything.
 """

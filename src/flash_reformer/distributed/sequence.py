@@ -57,12 +57,13 @@ class SequenceRanks(Ranks):
         """Let the gradients of a module's parameters be averaged over ranks as they arrive, before they are added."""
         if not torch.is_grad_enabled():
             return
-        for name, parameter in module.named_parameters():
-            if hasattr(parameter, "device_mesh"):
-                raise RuntimeError(
-                    f"the parameter {name} is sharded (FSDP), so its gradients cannot be averaged here: shard over all "
-                    "ranks, which averages over them, and call parallelize_sequence(..., reduce_gradients=False)"
-                )
+        # What ``fully_shard`` gives to the modules that it is called on.
+        if any(hasattr(each, "_get_fsdp_state") for each in module.modules()):
+            raise RuntimeError(
+                "the model is sharded (fully_shard), so its gradients cannot be averaged here: shard over all ranks, "
+                "which averages over them, and call parallelize_sequence(..., reduce_gradients=False)"
+            )
+        for parameter in module.parameters():
             if parameter.requires_grad and parameter not in self._hooks:
                 self._hooks[parameter] = parameter.register_hook(functools.partial(mean, group=self.group))
 
