@@ -48,7 +48,9 @@ ROOMS = {
     "distributed": _room("functional reversible layers", "torch"),
     "inspection": _room("functional models", "torch", lazily="matplotlib"),
     "tokenization": _room("", "transformers tokenizers sentencepiece"),
-    "training": _room("models tokenization", "torch transformers accelerate numpy rich", lazily="datasets matplotlib"),
+    "training": _room(
+        "models tokenization", "torch transformers accelerate numpy rich", lazily="distributed datasets matplotlib"
+    ),
     "cli": _room(
         "root functional layers models distributed inspection tokenization training", "torch transformers typer rich"
     ),

@@ -26,6 +26,7 @@ from flash_reformer.training.run_folder import (
     write_settings,
 )
 from flash_reformer.training.settings import TrainingSettings
+from flash_reformer.training.sharing import check_sharing, stop_sharing
 from flash_reformer.training.sources import is_missing_folder
 from flash_reformer.training.tasks import TASKS, Task
 from flash_reformer.training.trainer import TaskTrainer, seconds_spent, uses_gpu
@@ -94,6 +95,7 @@ def train(
     limit = network.config.max_length_of_positions
     if settings.seq_len > limit:
         raise ValueError(f"seq_len must be at most {limit}, the positions of the model; got {settings.seq_len}")
+    check_sharing(settings, network.config.num_attention_heads)
     prepare_folder(settings.output, overwrite=overwrite)
     write_settings(task, settings)
     return _run(prepared, network, None, report, callbacks)
@@ -130,6 +132,7 @@ def resume(
         prepare_folder(settings.output, overwrite=False)
     prepared = kind(settings, find_vocabulary(settings))
     network = _load(prepared, str(checkpoint), "checkpoint")
+    check_sharing(settings, network.config.num_attention_heads)
     write_settings(recorded, settings)
     return _run(prepared, network, checkpoint, report, callbacks)
 
@@ -224,7 +227,7 @@ def _budget(task: Task, checkpoint: Path | None) -> Budget:
     settings, steps = task.settings, task.settings.max_steps
     if settings.max_epochs is not None:
         # Launchers say how many processes there are before any of them has joined the others.
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        processes = int(os.environ.get("WORLD_SIZE", "1")) // settings.sequence_parallel
         per_step = settings.batch_size * settings.gradient_accumulation * processes
         by_epochs = max(1, math.ceil(settings.max_epochs * len(task.train) / per_step))  # type: ignore[arg-type]
         steps = by_epochs if steps is None else min(steps, by_epochs)
@@ -261,6 +264,7 @@ def _run(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = budget.seconds
         trainer.save_model()
+        stop_sharing(network, settings.sequence_parallel)
         return _finish(task, trainer, {"seconds": round(seconds, 1), "tokens_per_step": tokens_per_step})
 
 

@@ -43,6 +43,7 @@ class TrainingSettings:
     seed: int = option(0, "Seed of the weights, the data order, the dropout and the hashing.", "Run")
     cpu: bool = option(False, "Train on the CPU even where there is a GPU.", "Run")
     precision: str = option("fp32", "Precision of the arithmetic: fp32, bf16 or fp16.", "Run")
+    sequence_parallel: int = option(1, "Ranks that share each sequence.", "Run")
     max_steps: int | None = option(None, "Stop after so many optimizer steps (reproducible).", "Run")
     max_epochs: float | None = option(None, "Stop after so many passes over the data (reproducible).", "Run")
     max_minutes: float | None = option(
@@ -84,7 +85,7 @@ class TrainingSettings:
         """Return what each setting may be: in words, and as a test."""
         counts = (
             "batch_size gradient_accumulation save_total_limit log_interval max_steps eval_interval save_interval "
-            "early_stopping"
+            "early_stopping sequence_parallel"
         )
         return {
             **dict.fromkeys(counts.split(), at_least(1)),

@@ -19,6 +19,7 @@ from transformers import (
 from flash_reformer.training.budget import Budget
 from flash_reformer.training.run_folder import prune_checkpoints
 from flash_reformer.training.settings import TrainingSettings
+from flash_reformer.training.sharing import gather_rows, share_rows, share_sequences
 from flash_reformer.training.tasks import Task
 
 # The Trainer's own rhythm is set to steps, as keeping the best needs; ours ends every run long before this one.
@@ -89,6 +90,7 @@ class TaskTrainer(Trainer):
             preprocess_logits_for_metrics=task.reduce,
             **kwargs,
         )
+        share_sequences(cast(torch.nn.Module, self.model), self.settings.sequence_parallel)
         # It prints every log to stdout, which belongs to whoever calls us.
         self.remove_callback(PrinterCallback)
 
@@ -99,6 +101,17 @@ class TaskTrainer(Trainer):
         """Give the model what the task makes of a batch."""
         inputs = self.task.model_inputs(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """Give ranks that share sequences the same rows."""
+        return share_rows(super().get_train_dataloader(), self.settings.sequence_parallel)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Give ranks that share sequences the same rows."""
+        return share_rows(super().get_eval_dataloader(eval_dataset), self.settings.sequence_parallel)
+
+    def _gather_rows(self, data: Any) -> Any:
+        return gather_rows(data, self.settings.sequence_parallel, self.accelerator.gradient_state)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -125,6 +138,8 @@ class TaskTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate with the same random rotations each time, and without moving the generator that training uses."""
+        if self.settings.sequence_parallel > 1:
+            self.gather_function = self._gather_rows
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.settings.seed)
