@@ -23,6 +23,7 @@ BENCHMARKS = {
     "decode": "cost of a token after a long context, against transformers' Reformer",
     "speed": "time and memory of layers and models, against transformers, reformer-pytorch and exact attention",
     "depth_memory": "peak memory of a training step against depth",
+    "sequence_parallel": "peak memory of a training step per rank against ranks that share the sequence",
     "duplication": "the duplication task, three seeds, both ways",
     "recipes": "what the recipes learn with their defaults, judged by the pipelines",
     "tokenizers": "tokenizers against SentencePiece and transformers' own: ids that differ, MB/s",

@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +67,13 @@ def measure(rank: int, ranks: int, length: int, meeting: str) -> dict[str, Any]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # now its moments exist, as in every step but the first
     optimizer.zero_grad()
-    start = time.perf_counter()
     loss = model(ids, labels=ids, return_logits=False).loss
     loss.backward()
     optimizer.step()
-    seconds = round(time.perf_counter() - start, 2)
     peak = peak_rss() - before
     dist.barrier()
     dist.destroy_process_group()
-    return {"peak": peak, "seconds": seconds, "loss": loss.item()}
+    return {"peak": peak, "loss": loss.item()}
 
 
 def measure_in_processes(ranks: int, length: int) -> list[dict[str, Any]]:
@@ -111,7 +108,7 @@ def main() -> None:
         print(json.dumps(measure(int(rank), int(ranks), int(length), meeting)))
         return
     rows: list[dict[str, Any]] = []
-    print(f"{'ranks':>5} {'peak MB':>8} {'of 1':>6} {'short MB':>9} {'length adds MB':>15} {'of 1':>6} {'s/step':>7}")
+    print(f"{'ranks':>5} {'peak MB':>8} {'of 1':>6} {'short MB':>9} {'length adds MB':>15} {'of 1':>6}")
     for ranks in RANKS:
         of_ranks, of_short = (measure_in_processes(ranks, length) for length in (LENGTH, SHORT))
         peak, short = (max(each["peak"] for each in some) for some in (of_ranks, of_short))
@@ -121,7 +118,6 @@ def main() -> None:
             "peaks": [each["peak"] for each in of_ranks],
             "peak_of_short": short,
             "length_adds": peak - short,
-            "seconds": max(each["seconds"] for each in of_ranks),
             "loss": of_ranks[0]["loss"],
         }
         rows.append(row)
@@ -129,7 +125,7 @@ def main() -> None:
         row["share_of_what_length_adds"] = round(row["length_adds"] / rows[0]["length_adds"], 3)
         print(
             f"{ranks:>5} {peak / MB:>8.0f} {row['share']:>6.3f} {short / MB:>9.0f} {row['length_adds'] / MB:>15.0f} "
-            f"{row['share_of_what_length_adds']:>6.3f} {row['seconds']:>7.1f}",
+            f"{row['share_of_what_length_adds']:>6.3f}",
             flush=True,
         )
     found = {"benchmark": "sequence_parallel", "length": LENGTH, "short": SHORT, "rows": rows}
