@@ -26,6 +26,7 @@ BENCHMARKS = {
     "sizes": "memory and time of a training step against depth and length, up to a novel, against transformers",
     "mixed_precision": "drift of what the backward rebuilds in half precision, losses of runs in bf16 and fp32",
     "dry_run": "what a dry run says of memory and time against what runs then take",
+    "sequence_parallel": "peak memory of a training step per rank against ranks that share the sequence",
     "duplication": "the duplication task, three seeds, both ways",
     "recipes": "what the recipes learn with their defaults, judged by the pipelines",
     "tokenizers": "tokenizers against SentencePiece and transformers' own: ids that differ, MB/s",

@@ -52,7 +52,7 @@ ROOMS = {
     "training": _room(
         "buffers models tokenization",
         "torch transformers accelerate numpy rich safetensors",
-        lazily="datasets matplotlib",
+        lazily="distributed datasets matplotlib",
     ),
     "cli": _room(
         "root functional layers models distributed inspection tokenization training", "torch transformers typer rich"

@@ -82,7 +82,7 @@ class LSHSelfAttention(nn.Module):
         return self.query_key(hidden_BTE).unflatten(-1, heads), self.value(hidden_BTE).unflatten(-1, heads)
 
     def _hash(self, qk_BTHD: Tensor, call: Call) -> Tensor:
-        rotations_HDRM = functional.draw_rotations(
+        all_rotations_HDRM = functional.draw_rotations(
             call.seed_for_rotations(self.layer_idx),
             self.num_attention_heads,
             self.attention_head_size,
@@ -91,6 +91,7 @@ class LSHSelfAttention(nn.Module):
             qk_BTHD.dtype,
             qk_BTHD.device,
         )
+        rotations_HDRM = call.exchange.my_heads(all_rotations_HDRM)
         return functional.hash_vectors(qk_BTHD, rotations_HDRM, call.bucket_factors, call.mask_BT, backend=call.backend)
 
     def forward(
@@ -103,7 +104,7 @@ class LSHSelfAttention(nn.Module):
         self, projected: Sequence[Tensor], call: Call, head_mask_H: Tensor | None, record: Record | None
     ) -> tuple[Tensor, Record]:
         """Do what :meth:`forward` does with what :meth:`project` has returned."""
-        qk_BTHD, v_BTHD = projected
+        qk_BTHD, v_BTHD = map(call.exchange.to_heads, projected)
         dropout = call.dropout(self.dropout, self.layer_idx, self.training)
         # Only the forward fills a cache, not its recomputation.
         fill = call.fill if record is None else None
@@ -121,7 +122,7 @@ class LSHSelfAttention(nn.Module):
                 **dropout,
                 backend=call.backend,
             )
-            return out_BTHD.flatten(2), ()
+            return call.exchange.to_positions(out_BTHD).flatten(2), ()
         buckets_BHRT = self._hash(qk_BTHD, call) if record is None else record[0]
         sorted_positions_BHRT = functional.sort_positions(buckets_BHRT, backend=call.backend)
         if fill is not None:
@@ -138,7 +139,7 @@ class LSHSelfAttention(nn.Module):
             deterministic=call.deterministic,
             backend=call.backend,
         )
-        return out_BTHD.flatten(2), (buckets_BHRT,)
+        return call.exchange.to_positions(out_BTHD).flatten(2), (buckets_BHRT,)
 
     def _fill(
         self,
@@ -203,7 +204,7 @@ class LSHSelfAttention(nn.Module):
 
     def probs(self, hidden_BTE: Tensor, call: Call, head_mask_H: Tensor | None, record: Record) -> Tensor:
         """Return this call's attention probabilities: ``[B, H, N, C, W]`` in sorted order, or ``[B, H, T, T]``."""
-        qk_BTHD, _ = self.project(hidden_BTE)
+        qk_BTHD = call.exchange.to_heads(self.project(hidden_BTE)[0])
         if not record:
             probs, _ = functional.exact_probs(
                 qk_BTHD, functional.normalize_keys(qk_BTHD), call.mask_BT, causal=self.causal, exclude_self=True
@@ -257,7 +258,7 @@ class LocalSelfAttention(nn.Module):
         self, projected: Sequence[Tensor], call: Call, head_mask_H: Tensor | None, record: Record | None
     ) -> tuple[Tensor, Record]:
         """Do what :meth:`forward` does with what :meth:`project` has returned."""
-        query, key, value = projected
+        query, key, value = map(call.exchange.to_heads, projected)
         options: dict[str, Any] = {**call.dropout(self.dropout, self.layer_idx, self.training), "backend": call.backend}
         if call.fill is not None and record is None:
             scaled = key.detach() / math.sqrt(self.attention_head_size)
@@ -273,7 +274,7 @@ class LocalSelfAttention(nn.Module):
             out_BTHD, _ = functional.local_attention(
                 query, key, value, call.mask_BT, head_mask_H, **self.window, **options
             )
-        return out_BTHD.flatten(2), ()
+        return call.exchange.to_positions(out_BTHD).flatten(2), ()
 
     def decode(self, hidden_BTE: Tensor, step: Step, state: LocalState, head_mask_H: Tensor | None = None) -> Tensor:
         """Return ``[B, T, H*D]`` for new tokens; the state goes on by them."""
@@ -306,8 +307,8 @@ class LocalSelfAttention(nn.Module):
 
     def probs(self, hidden_BTE: Tensor, call: Call, head_mask_H: Tensor | None, record: Record) -> Tensor:
         """Return the attention probabilities of the same call: ``[B, H, N, C, W]``, or ``[B, H, T, T]``."""
-        query, key = (self._split_heads(p(hidden_BTE)) for p in (self.query, self.key))
-        if _fits_one_chunk(hidden_BTE.shape[1], self.chunk_length, call):
+        query, key = (call.exchange.to_heads(self._split_heads(p(hidden_BTE))) for p in (self.query, self.key))
+        if _fits_one_chunk(query.shape[1], self.chunk_length, call):
             key = key / math.sqrt(self.attention_head_size)
             probs, _ = functional.exact_probs(query, key, call.mask_BT, causal=self.causal, exclude_self=False)
         else:

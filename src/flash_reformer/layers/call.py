@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from flash_reformer.layers.exchange import ALONE, Exchange
+
 if TYPE_CHECKING:
     from flash_reformer.layers.decode_storage import Fill
 
@@ -25,6 +27,7 @@ class Call:
         backend: which implementation of the operations to use.
         deterministic: whether gradients must not depend on the order in which a device adds.
         fill: where keys and values go if this forward fills a decoding cache.
+        exchange: where positions and heads are, of this rank and of others. Masks are of all positions.
     """
 
     mask_BT: Tensor | None
@@ -36,6 +39,7 @@ class Call:
     backend: str
     deterministic: bool = True
     fill: Fill | None = None
+    exchange: Exchange = ALONE
 
     def seed_for_rotations(self, layer_idx: int) -> Tensor:
         """Return the seed of layer ``layer_idx``'s hash rotations."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,7 +93,17 @@ class ReformerEmbeddings(nn.Module):
         )
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, inputs_embeds_BTE: Tensor, positions_XT: Tensor) -> Tensor:
-        """Return ``[B, T, E]`` for word embeddings ``[B, T, E]`` and positions ``[B or 1, T]``."""
-        position_embeds = self.position_embeddings(positions_XT, inputs_embeds_BTE.shape[0])
+    def forward(
+        self,
+        inputs_embeds_BTE: Tensor,
+        positions_XT: Tensor,
+        alike: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> Tensor:
+        """Return ``[B, T, E]`` for word embeddings ``[B, T, E]`` and positions ``[B or 1, T]``.
+
+        Axial dropout is one mask for positions far apart, which may be on several ranks; they draw it ``alike``.
+        """
+        axial = isinstance(self.position_embeddings, AxialPositionEmbeddings)
+        with alike() if axial else contextlib.nullcontext():
+            position_embeds = self.position_embeddings(positions_XT, inputs_embeds_BTE.shape[0])
         return self.dropout(inputs_embeds_BTE) + position_embeds

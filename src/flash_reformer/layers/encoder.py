@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from flash_reformer.layers.block import ReformerLayer
 from flash_reformer.layers.call import Call
 from flash_reformer.layers.decode_step import Step
+from flash_reformer.layers.exchange import Exchange
 from flash_reformer.layers.linear import Dropout
 from flash_reformer.layers.norm import LayerNorm
 from flash_reformer.layers.watched import is_watched, keeps_to_itself
@@ -25,31 +26,43 @@ class Judge:
     """What a head makes of the last hidden state: a sum over positions, taken over some of them at a time.
 
     Attributes:
-        run: ``run(hidden, start)`` returns the sum for ``hidden`` ``[B, t, 2E]``, whose first position is ``start``.
+        loss: ``loss(hidden, targets)`` returns the sum for some positions ``[B, t, 2E]``.
+        targets_BT: what each position is judged by; pads, which come after them, are not judged.
+        nothing: the target that adds nothing.
         parameters: lists the head's parameters, always in the same order.
         piece: positions at a time.
-        length: how many positions count; pads come after them.
     """
 
-    run: Callable[[Tensor, int], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    targets_BT: Tensor
+    nothing: int
     parameters: Callable[[], list[Tensor]]
     piece: int
-    length: int
 
-    def total(self, hidden_BTX: Tensor) -> Tensor:
-        """Return the sum for hidden states ``[B, T, 2E]``. Each piece is run again for its gradient."""
-        sums = []
-        for at in range(0, self.length, self.piece):
-            piece = hidden_BTX[:, at : min(at + self.piece, self.length)]
-            sums.append(self.run_again(piece, at))
-        return torch.stack(sums).sum()
+    @property
+    def length(self) -> int:
+        """How many positions are judged."""
+        return self.targets_BT.shape[1]
+
+    def shared(self, exchange: Exchange) -> Judge:
+        """Return the judge of this rank's positions."""
+        return replace(self, targets_BT=exchange.my_positions(self.targets_BT, self.nothing))
+
+    def run(self, hidden_BTX: Tensor, start: int) -> Tensor:
+        """Return the sum for positions the first of which is number ``start``."""
+        return self.loss(hidden_BTX, self.targets_BT[:, start : start + hidden_BTX.shape[1]])
 
     def run_again(self, hidden_BTX: Tensor, start: int) -> Tensor:
-        """Do what ``run`` does, and again for the gradient, so that nothing inside of it is stored."""
+        """Do what :meth:`run` does, and again for the gradient, so that nothing inside of it is stored."""
         if not torch.is_grad_enabled():
             return self.run(hidden_BTX, start)
         result: Tensor = checkpoint(self.run, hidden_BTX, start, use_reentrant=False, preserve_rng_state=False)
         return result
+
+    def total(self, hidden_BTX: Tensor) -> Tensor:
+        """Return the sum for hidden states ``[B, T, 2E]``."""
+        pieces = hidden_BTX[:, : self.length].split(self.piece, dim=1)
+        return torch.stack([self.run_again(piece, at * self.piece) for at, piece in enumerate(pieces)]).sum()
 
 
 class ReformerEncoder(nn.Module):

@@ -31,13 +31,15 @@ class ReformerOnlyLMHead(nn.Module):
             return self._project(hidden_BTX)
         return torch.cat([self._project(chunk) for chunk in hidden_BTX.split(self.chunk_size_lm_head, dim=1)], dim=1)
 
-    def judge(self, targets_BT: Tensor, loss: Callable[[Tensor, Tensor], Tensor], chunk_size: int) -> Judge:
+    def judge(
+        self, targets_BT: Tensor, nothing: int, loss: Callable[[Tensor, Tensor], Tensor], chunk_size: int
+    ) -> Judge:
         """Return what makes the sum of ``loss(logits, targets)`` without ever holding more than a chunk of logits."""
 
-        def run(hidden_BTX: Tensor, start: int) -> Tensor:
-            return loss(self._project(hidden_BTX), targets_BT[:, start : start + hidden_BTX.shape[1]])
+        def judged(hidden_BTX: Tensor, targets: Tensor) -> Tensor:
+            return loss(self._project(hidden_BTX), targets)
 
-        return Judge(run, lambda: list(self.parameters()), chunk_size, targets_BT.shape[1])
+        return Judge(judged, targets_BT, nothing, lambda: list(self.parameters()), chunk_size)
 
 
 class ReformerClassificationHead(nn.Module):

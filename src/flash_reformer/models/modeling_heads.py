@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, SequenceClassifierOutput
 
 from flash_reformer.functional import IGNORE_INDEX, binary_cross_entropy_sum, cross_entropy_sum, squared_error_sum
+from flash_reformer.layers.exchange import Exchange
 from flash_reformer.layers.head import ReformerClassificationHead
 from flash_reformer.layers.linear import Linear
 from flash_reformer.models.configuration_reformer import ReformerConfig, check_consistency
-from flash_reformer.models.head_tools import extras, finish, mean_loss
+from flash_reformer.models.head_tools import exchange_of, extras, finish, mean_loss, put_together
 from flash_reformer.models.inputs import check_tensor, check_values
 from flash_reformer.models.modeling_reformer import ReformerModel, ReformerPreTrainedModel
 
@@ -52,6 +53,27 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
         places = torch.arange(hidden_BTX.shape[1], device=hidden_BTX.device)
         last_B = torch.where(real_BT1.squeeze(-1), places, 0).amax(dim=1)
         return hidden_BTX.gather(1, last_B.view(-1, 1, 1).expand(-1, 1, hidden_BTX.shape[-1])).squeeze(1)
+
+    def _pool_shared(
+        self, hidden_BLX: Tensor, attention_mask: Tensor | None, given: Tensor, exchange: Exchange
+    ) -> Tensor:
+        """Pool what ranks have of the positions; every rank gets the result."""
+        pooling = self.config.classifier_pooling or ("last" if self.config.is_decoder else "first")
+        real_BT = given.new_ones(given.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask != 0
+        places_1T = torch.arange(given.shape[1], device=given.device).unsqueeze(0)
+        if pooling == "max":
+            mine_BL1 = exchange.my_positions(real_BT, False).unsqueeze(-1)
+            lowest = torch.finfo(hidden_BLX.dtype).min
+            return exchange.each(torch.where(mine_BL1, hidden_BLX, lowest).amax(dim=1)).amax(dim=0)
+        if pooling == "mean":
+            chosen_BT = real_BT
+        elif pooling == "first":
+            chosen_BT = places_1T.expand(real_BT.shape) == 0
+        else:
+            chosen_BT = places_1T == torch.where(real_BT, places_1T, 0).amax(dim=1, keepdim=True)
+        mine_BL1 = exchange.my_positions(chosen_BT, False).unsqueeze(-1)
+        total_BX = exchange.total(torch.where(mine_BL1, hidden_BLX, 0).sum(dim=1))
+        return total_BX / chosen_BT.sum(dim=1, keepdim=True).clamp(min=1)
 
     def _problem_type(self, labels: Tensor) -> str:
         if self.config.problem_type is not None:
@@ -116,8 +138,15 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
+            keep_shards=True,
         )
-        logits = self.classifier(self._pool(outputs.last_hidden_state, attention_mask))
+        hidden = outputs.last_hidden_state
+        exchange = exchange_of(self.reformer, outputs, given, num_hashes)
+        if exchange.shares and given is not None:
+            pooled_BX = self._pool_shared(hidden, attention_mask, given, exchange)
+        else:
+            pooled_BX = self._pool(hidden, attention_mask)
+        logits = self.classifier(pooled_BX)
         loss = None
         if labels is not None:
             if self.training:
@@ -128,7 +157,8 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
             else:
                 error = squared_error_sum if problem_type == "regression" else binary_cross_entropy_sum
                 total, count = error(logits, labels.view(logits.shape)), labels.numel()
-            loss = mean_loss(total, count, num_items_in_batch)
+            # The mean over ranks: each may have dropped out other parts of what was pooled.
+            loss = exchange.each(mean_loss(total, count, num_items_in_batch)).mean(dim=0)
         output = SequenceClassifierOutput(loss=loss, logits=logits, **extras(outputs))
         return finish(output, return_dict, self.config)
 
@@ -184,8 +214,11 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
+            keep_shards=True,
         )
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        exchange = exchange_of(self.reformer, outputs, given, num_hashes)
+        logits_BT2 = self.qa_outputs(outputs.last_hidden_state)
+        start_logits, end_logits = put_together(logits_BT2, exchange, given).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             halves = []

@@ -16,11 +16,12 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from flash_reformer.functional import IGNORE_INDEX, cross_entropy_sum
 from flash_reformer.layers.encoder import Judge
+from flash_reformer.layers.exchange import Exchange
 from flash_reformer.layers.head import ReformerOnlyLMHead
 from flash_reformer.layers.linear import set_backend
 from flash_reformer.models.configuration_reformer import ReformerConfig, check_consistency
 from flash_reformer.models.generation import CachedGeneration
-from flash_reformer.models.head_tools import extras, finish, mean_loss
+from flash_reformer.models.head_tools import exchange_of, extras, finish, mean_loss, put_together
 from flash_reformer.models.inputs import check_tensor, check_values
 from flash_reformer.models.modeling_reformer import ReformerModel, ReformerPreTrainedModel
 from flash_reformer.models.outputs import ReformerModelWithLMHeadOutput
@@ -120,6 +121,7 @@ class ReformerModelWithLMHead(CachedGeneration, _LanguageModel, GenerationMixin)
         judge = None
         if not return_logits and labels is not None and isinstance(words, Tensor):
             judge = self._judge(words, labels)
+        keep_shards = not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0
         outputs = self.reformer(
             input_ids,
             attention_mask,
@@ -135,14 +137,18 @@ class ReformerModelWithLMHead(CachedGeneration, _LanguageModel, GenerationMixin)
             return_dict=True,
             past_key_values=past_key_values,
             judge=judge,
+            keep_shards=keep_shards,
         )
+        exchange = exchange_of(self.reformer, outputs, words, num_hashes)
         hidden_BTX = outputs.last_hidden_state
         logits = self.lm_head(_keep_positions(hidden_BTX, logits_to_keep)) if judge is None else None
         loss = None
         if labels is not None:
             targets = labels[:, 1:]
-            total = hidden_BTX if logits is None else cross_entropy_sum(logits[:, :-1], targets, backend=self.backend)
+            total = hidden_BTX if logits is None else self._loss_sum(logits, targets, exchange)
             loss = mean_loss(total, (targets != IGNORE_INDEX).sum(), num_items_in_batch)
+        if logits is not None and keep_shards:
+            logits = put_together(logits, exchange, words)
         cache = outputs.past_buckets_states
         output = ReformerModelWithLMHeadOutput(loss, logits, cache, **extras(outputs))
         return finish(output, return_dict, self.config)
@@ -152,7 +158,14 @@ class ReformerModelWithLMHead(CachedGeneration, _LanguageModel, GenerationMixin)
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         loss = functools.partial(cross_entropy_sum, backend=self.backend)
         chunk = self.config.chunk_size_lm_head or _loss_chunk(words, self.config.vocab_size)
-        return self.lm_head.judge(targets, loss, chunk)
+        return self.lm_head.judge(targets, IGNORE_INDEX, loss, chunk)
+
+    def _loss_sum(self, logits: Tensor, targets: Tensor, exchange: Exchange) -> Tensor:
+        """Return the summed loss of ``targets``, one fewer than positions: each is judged by what comes next."""
+        # A rank's last position has a next one, on the next rank; the very last one's target is filled in.
+        judged = logits if exchange.shares else logits[:, :-1]
+        mine = exchange.my_positions(targets, IGNORE_INDEX)
+        return exchange.total(cross_entropy_sum(judged, mine, backend=self.backend))
 
 
 def _loss_chunk(words: Tensor, vocab_size: int) -> int:
@@ -228,10 +241,14 @@ class ReformerForMaskedLM(_LanguageModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
+            keep_shards=True,
         )
         logits = self.lm_head(outputs.last_hidden_state)
+        given = input_ids if input_ids is not None else inputs_embeds
+        exchange = exchange_of(self.reformer, outputs, given, num_hashes)
         loss = None
         if labels is not None:
-            total = cross_entropy_sum(logits, labels, backend=self.backend)
-            loss = mean_loss(total, (labels != IGNORE_INDEX).sum(), num_items_in_batch)
+            total = cross_entropy_sum(logits, exchange.my_positions(labels, IGNORE_INDEX), backend=self.backend)
+            loss = mean_loss(exchange.total(total), (labels != IGNORE_INDEX).sum(), num_items_in_batch)
+        logits = put_together(logits, exchange, given)
         return finish(MaskedLMOutput(loss=loss, logits=logits, **extras(outputs)), return_dict, self.config)

@@ -17,6 +17,7 @@ from flash_reformer.layers.call import Call
 from flash_reformer.layers.decode_storage import Fill
 from flash_reformer.layers.embeddings import ReformerEmbeddings
 from flash_reformer.layers.encoder import Judge, ReformerEncoder
+from flash_reformer.layers.exchange import ALONE, BY_ITSELF, Exchange, SharesSequences
 from flash_reformer.layers.head import ReformerOnlyLMHead
 from flash_reformer.models import inputs as door
 from flash_reformer.models.cache import ReformerCache
@@ -114,7 +115,7 @@ class ReformerPreTrainedModel(ResizablePositions, PreTrainedModel):
                 self.config.record_trained_buckets(tuple(factors))
 
 
-class ReformerModel(CachedForwards, ReformerPreTrainedModel):
+class ReformerModel(CachedForwards, SharesSequences, ReformerPreTrainedModel):
     """Embeddings and the stack; ``[B, T]`` token ids become ``[B, T, 2 * hidden_size]`` hidden states.
 
     LSH attention is not prefix-stable: later tokens move the borders of chunks, so they can change earlier outputs
@@ -184,20 +185,26 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
         rounds = self.config.num_hashes if num_hashes is None else num_hashes
         return functional.full_attention_below(self.embeddings.word_embeddings.weight, rounds, self._backend)
 
-    def _embed(self, inputs: door.Inputs, length: int) -> tuple[Tensor, door.Inputs]:
-        """Pad to ``length`` and return the embeddings ``[B, length, E]`` with the padded batch."""
+    def padded_length(self, length: int, num_hashes: int | None = None) -> int:
+        """Return how many positions layers see of a batch of ``length`` ones: whole chunks of every kind."""
+        return door.layout_of(self.config, self._exact_below(num_hashes)).padded(length)
+
+    def _pad(self, inputs: door.Inputs, length: int, exchange: Exchange) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """Pad to ``length``; return what is given and its positions, where this rank has them, and the whole mask."""
         words = self.embeddings.word_embeddings
         pad_token_id = self.config.pad_token_id or 0
         pad_embeds = None
         if inputs.inputs_embeds is not None and length > inputs.length:
             pad_embeds = words(torch.full((), pad_token_id, device=inputs.given.device))
         padded = door.pad(inputs, length, pad_embeds, pad_token_id)
-        return self._embed_at(padded.given, door.positions(inputs, length, self.config.max_length_of_positions)), padded
+        positions_XT = door.positions(inputs, length, self.config.max_length_of_positions)
+        given = exchange.my_positions(padded.given, pad_token_id if padded.inputs_embeds is None else 0.0)
+        return (given, exchange.my_positions(positions_XT, 0)), padded.mask_BT
 
-    def _embed_at(self, given: Tensor, positions_XT: Tensor) -> Tensor:
+    def _embed_at(self, given: Tensor, positions_XT: Tensor, exchange: Exchange = ALONE) -> Tensor:
         """Return the embeddings ``[B, T, E]`` of ids or of word embeddings at these positions."""
         embeds_BTE = self.embeddings.word_embeddings(given) if given.dim() == 2 else given
-        embeds_BTE = self.embeddings(embeds_BTE, positions_XT)
+        embeds_BTE = self.embeddings(embeds_BTE, positions_XT, exchange.alike)
         if self.config.residual_in_fp32:
             embeds_BTE = embeds_BTE.to(torch.promote_types(embeds_BTE.dtype, torch.float32))
         return embeds_BTE
@@ -213,32 +220,46 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
         fill: Fill | None = None,
         with_states: bool = False,
         with_probs: bool = False,
+        keep_shards: bool = False,
         judge: Judge | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """Run the stack; return hidden states ``[B, T, 2E]`` and what was asked for, at the caller's length.
 
-        ``factors`` of the bucket count follow the length if they are None. With a ``judge`` its sum comes in place of
-        the hidden states.
+        ``factors`` of the bucket count follow the length if they are None. With ``keep_shards`` the hidden states stay
+        on the ranks that have their positions, pads included. With a ``judge`` its sum comes in their place.
         """
         config, T = self.config, inputs.length
         exact_below = self._exact_below(num_hashes)
-        length = door.layout_of(config, exact_below).padded(T)
-        embeds_BTE, padded = self._embed(inputs, length)
+        length = self.padded_length(T, num_hashes)
+        # A cache is filled, and read, by one rank.
+        exchange = ALONE if fill is not None else self.ranks.exchange(length)
+        seed = exchange.agree(seed)
+        given, mask_BT = self._pad(inputs, length, exchange)
         call = Call(
-            mask_BT=padded.mask_BT,
+            mask_BT=mask_BT,
             num_hashes=num_hashes,
             bucket_factors=self._bucket_factors(length) if factors is None else factors,
             rotation_seed=self._rotation_seed(),
-            seeds_LX=self._seeds_of_layers(seed),
+            seeds_LX=exchange.seeds(self._seeds_of_layers(seed)),
             exact=exact_below >= T,
             backend=self._backend,
             deterministic=self._deterministic,
             fill=fill,
+            exchange=exchange,
         )
-        head_masks = [None] * config.num_hidden_layers if head_masks is None else head_masks
-        hidden_BTX, states, probs = self.encoder(embeds_BTE, call, head_masks, with_states, with_probs, judge)
+        my_masks = [None if mask is None else exchange.my_heads(mask) for mask in head_masks or ()]
+        head_masks = my_masks or [None] * config.num_hidden_layers
+        judge = None if judge is None else judge.shared(exchange)
+        with exchange.apart():
+            embeds_BTE = self._embed_at(*given, exchange)
+            hidden_BTX, states, probs = self.encoder(embeds_BTE, call, head_masks, with_states, with_probs, judge)
+        states, probs = [exchange.whole(s) for s in states], [exchange.all_heads(p) for p in probs]
+        if judge is not None:
+            hidden_BTX = exchange.total(hidden_BTX)
+        elif not (keep_shards and exchange.shares):
+            hidden_BTX = _crop(exchange.whole(hidden_BTX), T)
         return (
-            _crop(hidden_BTX, T) if judge is None else hidden_BTX,
+            hidden_BTX,
             # Without pads the very tensors of the chain, so that gradients can be asked for with respect to them.
             tuple(s if length == T else _crop(s, T) for s in states) if with_states else None,
             tuple(_crop_probs(p, T) for p in probs) if with_probs else None,
@@ -247,7 +268,7 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
     def _new_cache(self, use_cache: bool | None) -> ReformerCache | None:
         """Return an empty cache if this call is to fill one. Training never does (it would undo reversibility)."""
         # A cache is made of Python; a compiled graph has one only if asked for it, at the price of a break.
-        by_default = self.config.use_cache and not torch.compiler.is_compiling()
+        by_default = self.config.use_cache and not torch.compiler.is_compiling() and self.ranks is BY_ITSELF
         wanted = by_default if use_cache is None else use_cache
         if not wanted:
             return None
@@ -274,6 +295,7 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
         *,
         past_key_values: Any | None = None,
         judge: Judge | None = None,
+        keep_shards: bool = False,
     ) -> tuple[Any, ...] | ReformerModelOutput:
         """Encode a batch of any length up to the position tables' size.
 
@@ -298,6 +320,8 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
             past_key_values: the same as ``past_buckets_states``.
             judge: what a head sums over positions; its sum is returned as ``last_hidden_state``, which itself never
                 exists then. Heads of this package use it where nothing else of that state is wanted.
+            keep_shards: what models with heads ask for: where ranks share sequences, leave ``last_hidden_state`` on
+                those that have its positions.
 
         Raises:
             ValueError, TypeError: for input that does not fit, naming the parameter. Values of ids, positions and
@@ -328,13 +352,18 @@ class ReformerModel(CachedForwards, ReformerPreTrainedModel):
 
         cache = self._new_cache(use_cache) if cache is None else cache
         rounds = config.num_hashes if num_hashes is None else num_hashes
-        flags: dict[str, Any] = {"with_states": with_states, "with_probs": with_probs, "judge": judge}
+        flags: dict[str, Any] = {"with_states": with_states, "with_probs": with_probs, "keep_shards": keep_shards}
         if cache is None:
-            hidden_BTX, states, probs = self._encode(inputs, rounds, self._draw_seed(), head_masks, **flags)
+            self.ranks.check_same(inputs.given, num_hashes=rounds, training=self.training, **flags)
+            hidden_BTX, states, probs = self._encode(
+                inputs, rounds, self._draw_seed(), head_masks, judge=judge, **flags
+            )
         else:
             with cache.filling():
                 fill, compact = self.fill_cache(cache, inputs, num_hashes)
-                hidden_BTX, states, probs = self._encode(inputs, rounds, cache.seed, head_masks, fill=fill, **flags)
+                hidden_BTX, states, probs = self._encode(
+                    inputs, rounds, cache.seed, head_masks, fill=fill, judge=judge, **flags
+                )
                 self.finish_filling(cache, inputs, compact)
         output = ReformerModelOutput(hidden_BTX, cache, states, probs)
         return output if return_dict else output.to_tuple()

@@ -44,6 +44,7 @@ from flash_reformer.training.run_folder import (
     write_settings,
 )
 from flash_reformer.training.settings import TrainingSettings
+from flash_reformer.training.sharing import check_sharing, replicas, stop_sharing
 from flash_reformer.training.signals import Terminated, stop_on_sigterm
 from flash_reformer.training.tasks import Task
 from flash_reformer.training.trainer import (
@@ -99,6 +100,7 @@ def train(
             return _resume(asked, None, task, report, callbacks, again=True)
         with ranks.together():
             prepared, network = prepare(kind, settings, fields)
+            check_sharing(settings, network.config.num_attention_heads)
         ranks.on_main(lambda: _open_folder(prepared, fields, overwrite or auto_resume))
         return _run(prepared, network, None, report, callbacks)
 
@@ -222,6 +224,7 @@ def _resume(
     ranks.on_main(open_folder)
     with ranks.together():
         network = load_model(prepared, str(checkpoint), "checkpoint")
+        check_sharing(settings, network.config.num_attention_heads)
     if settings.keep == "best":
         ranks.on_main(lambda: check_best(checkpoint))
     if again and _is_over(prepared, checkpoint) and has_ended(settings.output, checkpoint):
@@ -243,7 +246,7 @@ def resume_clm(training: Mapping[str, Any], **options: Any) -> TrainingResult:
 def _budget(task: Task, checkpoint: Path | None) -> Budget:
     settings, steps = task.settings, task.settings.max_steps
     if settings.max_epochs is not None:
-        per_step = settings.batch_size * settings.gradient_accumulation * ranks.world_size()
+        per_step = settings.batch_size * settings.gradient_accumulation * replicas(settings)
         by_epochs = max(1, math.ceil(settings.max_epochs * task.rows_per_pass / per_step))
         steps = by_epochs if steps is None else min(steps, by_epochs)
     before = 0.0 if checkpoint is None else seconds_spent(checkpoint_state(checkpoint))
@@ -296,6 +299,8 @@ def _run(
         _train_on(trainer, checkpoint)
         seconds = budget.seconds
         trainer.save_final_model()
+        # What follows is done by rank 0 alone.
+        stop_sharing(network, settings.sequence_parallel)
         steps = trainer.state.global_step
         return finish(task, trainer, {"seconds": round(seconds, 1), "tokens": round(tokens_of(task, steps))})
 

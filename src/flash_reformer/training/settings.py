@@ -52,6 +52,7 @@ class TrainingSettings:
     find_unused_parameters: bool = option(False, "ddp: look for parameters that a batch left out.", "Ranks")
     static_graph: bool = option(False, "ddp: rely on every step taking the same path.", "Ranks")
     cpu_offload: bool = option(False, "fsdp: keep the shards in main memory.", "Ranks")
+    sequence_parallel: int = option(1, "Ranks that share each sequence.", "Ranks")
     max_steps: int | None = option(None, "Stop after so many optimizer steps (reproducible).", "Run")
     max_epochs: float | None = option(None, "Stop after so many passes over the data (reproducible).", "Run")
     max_minutes: float | None = option(
@@ -105,7 +106,7 @@ class TrainingSettings:
         """Return what each setting may be: in words, and as a test."""
         counts = (
             "batch_size gradient_accumulation save_total_limit log_interval max_steps eval_interval save_interval "
-            "early_stopping eval_num_hashes"
+            "early_stopping eval_num_hashes sequence_parallel"
         )
         return {
             **dict.fromkeys(counts.split(), at_least(1)),

@@ -26,6 +26,7 @@ from flash_reformer.training.progress import Speed
 from flash_reformer.training.safety import SafeTrainer
 from flash_reformer.training.settings import TrainingSettings
 from flash_reformer.training.sharding import fsdp_config, use_fsdp
+from flash_reformer.training.sharing import gather_rows, replicas, share_rows, share_sequences
 from flash_reformer.training.signals import StopRequest
 from flash_reformer.training.tasks import Task
 
@@ -145,6 +146,7 @@ class TaskTrainer(SafeTrainer):
             preprocess_logits_for_metrics=task.reduce,
             **kwargs,
         )
+        share_sequences(cast(torch.nn.Module, self.model), self.settings.sequence_parallel)
         # It prints every log to stdout, which belongs to whoever calls us.
         self.remove_callback(PrinterCallback)
 
@@ -160,15 +162,25 @@ class TaskTrainer(SafeTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the batches of this process; a stream takes its share by itself, whole batches at a time."""
-        stream = self.task.stream
+        """Return the batches of this process; a stream takes its share by itself, whole batches at a time.
+
+        Ranks that share sequences get the same rows.
+        """
+        stream, shared = self.task.stream, self.settings.sequence_parallel
         if stream is None:
-            return super().get_train_dataloader()
-        stream.share(self.args.process_index, self.args.world_size)
+            return share_rows(super().get_train_dataloader(), shared)
+        stream.share(self.args.process_index // shared, self.args.world_size // shared)
         # A generator of its own: without one, every start of an iteration would move torch's default generator.
         return DataLoader(
             stream, batch_size=None, generator=torch.Generator(), pin_memory=self.args.dataloader_pin_memory
         )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Give ranks that share sequences the same rows."""
+        return share_rows(super().get_eval_dataloader(eval_dataset), self.settings.sequence_parallel)
+
+    def _gather_rows(self, data: Any) -> Any:
+        return gather_rows(data, self.settings.sequence_parallel, self.accelerator.gradient_state)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -225,6 +237,8 @@ class TaskTrainer(SafeTrainer):
         """Evaluate with the same random rotations each time, and without moving the generator that training uses."""
         self.task.prepare_evaluation(self.state.global_step)
         self.eval_dataset = self.task.held_out
+        if self.settings.sequence_parallel > 1:
+            self.gather_function = self._gather_rows
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.settings.seed)
@@ -246,7 +260,7 @@ class TaskTrainer(SafeTrainer):
 
 def tokens_of(task: Task, steps: int) -> float:
     """Tokens that all ranks together train on in their first ``steps`` steps."""
-    return task.tokens_of(steps) * ranks.world_size()
+    return task.tokens_of(steps) * replicas(task.settings)
 
 
 def check_reporters(settings: TrainingSettings) -> None:
