@@ -14,14 +14,15 @@ import torch.multiprocessing as mp
 from torch.nn.utils import parameters_to_vector
 
 from flash_reformer.training.budget import Budget
-from flash_reformer.training.recipes import build_model, train_clm
+from flash_reformer.training.building import build_model
+from flash_reformer.training.recipes import train_clm
 from flash_reformer.training.settings import CausalSettings
 from flash_reformer.training.sharing import stop_sharing
 from flash_reformer.training.tasks.causal import CausalLanguageModelling
 from flash_reformer.training.trainer import TaskTrainer
 from flash_reformer.training.vocabulary import Vocabulary
 from tests.distributed.test_sequence_parallel import PRELOADED
-from tests.training.test_recipes import QUICK, TINY
+from tests.training.runs import QUICK, TINY
 
 RANKS, SHARED = 4, 2
 #: Five held-out rows: the last batch of two groups of ranks is filled up.

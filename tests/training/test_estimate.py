@@ -12,13 +12,13 @@ import torch
 from flash_reformer import buffers
 from flash_reformer.training import calibration, dry_run, estimate, memory, train_clm
 from flash_reformer.training.budget import Budget
+from flash_reformer.training.building import build_model
 from flash_reformer.training.calibration import Calibration, Request, calibrate, cut
-from flash_reformer.training.recipes import build_model
 from flash_reformer.training.settings import CausalSettings
 from flash_reformer.training.tasks.causal import CausalLanguageModelling
 from flash_reformer.training.vocabulary import Vocabulary
 from tests.cli.test_cli import complaint, run
-from tests.training.test_recipes import QUICK, TINY, text
+from tests.training.runs import QUICK, TINY
 
 __all__ = ["text"]
 

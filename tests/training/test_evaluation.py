@@ -12,7 +12,7 @@ from flash_reformer.training import train_clm
 from flash_reformer.training.data import Document, hold_out
 from flash_reformer.training.evaluation import evaluate_text, held_out_texts, tail_of, windows
 from flash_reformer.training.packing import PackedBlocks, pack
-from tests.training.test_recipes import QUICK, TINY
+from tests.training.runs import QUICK, TINY
 
 TEXT = "".join(f"line {number} of a book, and not the last\n" for number in range(9)).encode()
 

@@ -1,53 +1,17 @@
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
-from flash_reformer.models.modeling_language import ReformerModelWithLMHead
 from flash_reformer.training import resume_clm, train_clm
+from flash_reformer.training.building import build_model
 from flash_reformer.training.presets import PRESETS
-from flash_reformer.training.recipes import build_model
 from flash_reformer.training.sampling import generate_text, load_language_model
 from flash_reformer.training.settings import CausalSettings
 from flash_reformer.training.tasks.causal import CausalLanguageModelling
 from flash_reformer.training.vocabulary import Vocabulary
-
-TINY = {
-    "attn_layers": ["local", "lsh"],
-    "hidden_size": 16,
-    "num_attention_heads": 2,
-    "attention_head_size": 8,
-    "feed_forward_size": 16,
-    "local_attn_chunk_length": 16,
-    "lsh_attn_chunk_length": 16,
-    "axial_norm_std": 0.02,
-}
-QUICK = {"seq_len": 64, "max_steps": 6, "eval_sequences": 2, "sample_tokens": 0, "learning_rate": 1e-2, "cpu": True}
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"line {index} of a text that repeats itself\n" for index in range(120)))
-    return str(path)
-
-
-class Interrupt(TrainerCallback):
-    """Ends a run in the middle of a step, as Ctrl-C does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return ReformerModelWithLMHead.from_pretrained(folder).state_dict()
+from tests.training.runs import QUICK, TINY, Interrupt, weights
 
 
 def test_a_run_learns_and_leaves_what_it_says(text, tmp_path):

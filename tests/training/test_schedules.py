@@ -15,7 +15,7 @@ from flash_reformer.training.lengths import fitting_shape, grow_positions
 from flash_reformer.training.presets import axial_shape
 from flash_reformer.training.schedules import Schedule
 from flash_reformer.training.settings import CausalSettings
-from tests.training.test_recipes import QUICK, TINY, Interrupt, weights
+from tests.training.runs import QUICK, TINY, Interrupt, weights
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from flash_reformer.training.stream_pieces import PIECE_BYTES, FilePart, FileSou
 from flash_reformer.training.stream_text import held_out_files, stream_text
 from flash_reformer.training.tasks.masked import MaskedLanguageModelling
 from flash_reformer.training.vocabulary import Vocabulary
-from tests.training.test_recipes import QUICK, TINY, Interrupt, weights
+from tests.training.runs import QUICK, TINY, Interrupt, weights
 
 WORDS = "the cat sat on the mat while the dog ate a cake and the bird sang 猫 naïve songs of six pence".split()
 

@@ -11,7 +11,7 @@ from benchmarks.recipes import fact_questions, marked_texts
 from flash_reformer.tokenization.training import train_vocabulary
 from flash_reformer.training import resume, train
 from flash_reformer.training.tasks import TASKS
-from tests.training.test_recipes import Interrupt
+from tests.training.runs import Interrupt
 
 TINY = {
     "attn_layers": ["local", "lsh"],

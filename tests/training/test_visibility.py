@@ -13,7 +13,7 @@ from flash_reformer.training.budget import Budget
 from flash_reformer.training.progress import ProgressCallback, Speed, evaluations_left
 from flash_reformer.training.settings import CausalSettings
 from flash_reformer.training.tasks import TASKS
-from tests.training.test_recipes import QUICK, TINY, text
+from tests.training.runs import QUICK, TINY
 
 __all__ = ["text"]
 
