@@ -318,7 +318,8 @@ def _undo_parts(
             edge = _take_out(branch, value, out_, low_, undone_, undone_low_)
             (d_leaf,) = grads.through(edge, [leaf], [d_out_.to(value.dtype)])
             d_mixed_.copy_(d_leaf) if d_leaf is not None else d_mixed_.zero_()
-    del mixed, mixed_, tensors, leaf, value
+    # A graph that was walked still leads to its leaf, and that to all of what was mixed.
+    del mixed, mixed_, tensors, leaf, value, edge, d_leaf
     d_entered = list(grads.through(mixed_edge, entered, [d_mixed]))
     del entered, mixed_edge, d_mixed, d_mixed_
     wanted = [index for index, d_part in enumerate(d_entered) if d_part is not None]

@@ -20,8 +20,6 @@ from flash_reformer.training.vocabulary import Vocabulary
 from tests.cli.test_cli import complaint, run
 from tests.training.runs import QUICK, TINY
 
-__all__ = ["text"]
-
 SIZES = (
     "--layers local,lsh --hidden-size 16 --num-heads 2 --head-size 8 --feed-forward-size 16 --local-chunk-length 4 "
     "--lsh-chunk-length 16 --seq-len 64 --cpu --max-steps 3 --batch-size 2 --eval-sequences 2"

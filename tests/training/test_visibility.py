@@ -15,8 +15,6 @@ from flash_reformer.training.settings import CausalSettings
 from flash_reformer.training.tasks import TASKS
 from tests.training.runs import QUICK, TINY
 
-__all__ = ["text"]
-
 
 class Clock:
     """Time that passes when it is told to."""
