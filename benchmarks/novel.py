@@ -1,6 +1,6 @@
 """A novel of half a million tokens: trained on for 25 minutes, in the end as one sequence, and judged whole.
 
-Run ``python -m benchmarks.novel NOVEL.txt``. It makes a vocabulary of 320 entries, holds the last tenth of the text out,
+Run ``python -m benchmarks.novel NOVEL.txt``. It makes a vocabulary of 320 entries, holds the last tenth of it out,
 and trains the model of the published novel checkpoint's sizes in three stages, each starting from the one before: many
 steps on short sequences, some on longer ones, and the rest on sequences of up to 262,144 tokens. Each is a run of
 ``flash-reformer train clm``; what it was asked for stands in ``OUTPUT/STAGE/run.json``.
