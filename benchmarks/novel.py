@@ -31,9 +31,9 @@ HELD_OUT = 0.1
 CONTEXTS = (4_096, "full")
 #: Name, tokens per sequence, share of the minutes, highest learning rate, what is left of it at the end.
 STAGES = (
-    ("short", 2_048, 0.56, 4e-3, 0.3),
-    ("long", 16_384, 0.20, 1.2e-3, 0.5),
-    ("whole", 262_144, 0.24, 6e-4, 0.3),
+    ("short", 2_048, 0.72, 4e-3, 0.1),
+    ("long", 16_384, 0.12, 1e-3, 0.3),
+    ("whole", 262_144, 0.16, 5e-4, 0.3),
 )
 MODEL = {
     **{name: value for name, value in NOVEL.items() if name not in ("vocab_size", "is_decoder")},

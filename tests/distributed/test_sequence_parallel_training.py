@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.utils import parameters_to_vector
 
+from flash_reformer.training import ranks
 from flash_reformer.training.budget import Budget
 from flash_reformer.training.building import build_model
 from flash_reformer.training.recipes import train_clm
@@ -90,7 +91,7 @@ def test_numbers_that_do_not_go_together_are_refused_before_anything_is_written(
     processes: int, shared: int, heads: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "text.txt").write_text("some text\n" * 200)
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(ranks, "world_size", lambda: processes)
     output = tmp_path / "run"
     settings = {**QUICK, "text": (str(tmp_path / "text.txt"),), "output": str(output), "sequence_parallel": shared}
     with pytest.raises(ValueError, match=said):

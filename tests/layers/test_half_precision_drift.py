@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.mixed_precision import PRECISIONS, drift
-from flash_reformer import functional, reversible
+from flash_reformer import branches, functional
 from flash_reformer.residual import add_in_pieces
 from tests.layers.judges import rebuilt
 from tests.layers.tools import (
@@ -48,7 +48,7 @@ def test_streams_without_low_parts_would_drift(monkeypatch: pytest.MonkeyPatch) 
         result, lost = add_in_pieces(*args, **named)
         return result, lost.zero_()
 
-    monkeypatch.setattr(reversible, "add_in_pieces", forgetful)
+    monkeypatch.setattr(branches, "add_in_pieces", forgetful)
     model = make_model(attn_layers=["local", "lsh"] * 3, initializer_range=0.2)
     pairs = [pair for layer in rebuilt(model, **make_batch()) for pair in layer]
     assert len(pairs) == 12

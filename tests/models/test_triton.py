@@ -251,7 +251,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a graph were being captured: states of generators may be neither read nor set."""
     for module in (seeds, linear):
         monkeypatch.setattr(module, "is_capturing", lambda device: True)
-    monkeypatch.setattr("flash_reformer.reversible.is_capturing", lambda device: True)
+    monkeypatch.setattr("flash_reformer.branches.is_capturing", lambda device: True)
 
 
 def test_a_captured_step_replays_its_dropouts(capturing: None) -> None:
@@ -260,7 +260,7 @@ def test_a_captured_step_replays_its_dropouts(capturing: None) -> None:
     model.set_backend("triton")
     with (
         mock.patch.object(linear, "_SMALL", 0),
-        mock.patch("flash_reformer.reversible._Surroundings._set_rng", return_value=None),
+        mock.patch("flash_reformer.branches.Surroundings._set_rng", return_value=None),
     ):
         actual = step(model, ids_of(32, 1))
     plain = build(hidden_dropout_prob=0.2, num_hashes=1, chunk_size_feed_forward=8, reversible=False)

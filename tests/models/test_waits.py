@@ -23,8 +23,8 @@ from flash_reformer import (
     ReformerForSequenceClassification,
     ReformerModel,
     ReformerModelWithLMHead,
+    branches,
     functional,
-    reversible,
 )
 from flash_reformer.ops import randomness
 from tests.models.test_triton import FIELDS
@@ -58,7 +58,7 @@ def meta_is_a_gpu() -> Iterator[None]:
 
     def capture(device: torch.device) -> Any:
         state = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-        return reversible._Surroundings(torch.get_rng_state(), device, None, (("cpu", *state),))
+        return branches.Surroundings(torch.get_rng_state(), device, None, (("cpu", *state),), [])
 
     def draw(*_: Any) -> Tensor:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device="meta")
@@ -68,7 +68,7 @@ def meta_is_a_gpu() -> Iterator[None]:
             (functional, "backend_for", mock.Mock(return_value="triton")),
             (functional, "_unsuited_device", mock.Mock(return_value=None)),
             (functional, "_on_triton", mock.Mock(return_value=True)),
-            (reversible._Surroundings, "capture", staticmethod(capture)),
+            (branches.Surroundings, "capture", staticmethod(capture)),
             (ReformerModel, "_draw_seed", draw),
         ):
             stack.enter_context(mock.patch.object(owner, name, stand_in))

@@ -30,7 +30,7 @@ QUICK: dict[str, Any] = {
 }
 
 
-def write_text(folder: Path, lines: int = 30) -> str:
+def write_text(folder: Path, lines: int = 40) -> str:
     path = folder / "text.txt"
     path.write_text("".join(f"line {index} of a text that repeats itself\n" for index in range(lines)))
     return str(path)

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from flash_reformer import ReformerConfig, ReformerModelWithLMHead
-from flash_reformer.training import resume_clm, train_clm
+from flash_reformer.training import ranks, resume_clm, train_clm
 from flash_reformer.training.lengths import fitting_shape, grow_positions
 from flash_reformer.training.presets import axial_shape
 from flash_reformer.training.schedules import Schedule
@@ -229,9 +229,10 @@ def test_schedules_that_cannot_be_kept_are_refused(asked, sizes, message, text, 
 
 
 def test_growing_in_several_processes_is_refused(text, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
     with pytest.raises(ValueError, match="grow_positions works in one process"):
         train_clm({**QUICK, "text": (text,), "output": str(tmp_path / "run"), "grow_positions": True}, TINY)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("length", [256, 1000, 4096, 65_536, 262_144, 524_288, 1_048_576])

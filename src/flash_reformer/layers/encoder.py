@@ -29,14 +29,14 @@ class Judge:
         loss: ``loss(hidden, targets)`` returns the sum for some positions ``[B, t, 2E]``.
         targets_BT: what each position is judged by; pads, which come after them, are not judged.
         nothing: the target that adds nothing.
-        parameters: lists the head's parameters, always in the same order.
+        head: the module that does it.
         piece: positions at a time.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
     targets_BT: Tensor
     nothing: int
-    parameters: Callable[[], list[Tensor]]
+    head: nn.Module
     piece: int
 
     @property
@@ -153,13 +153,18 @@ class ReformerEncoder(nn.Module):
         if output_hidden_states:
             streams = keep(streams) if streams.channel is not None else streams
             states.append(streams.x2)
-        if judge is not None:
+        if judge is not None and self._may_go_in_pieces(judge):
             return self._sum(streams, judge), states, probs
         if streams.channel is not None:
             both_BTX = close_channel(streams)
         else:
             both_BTX = torch.cat([streams.x1, streams.x2], dim=-1)
-        return self.dropout(self.layer_norm(both_BTX)), states, probs
+        hidden_BTX = self.dropout(self.layer_norm(both_BTX))
+        return hidden_BTX if judge is None else judge.total(hidden_BTX), states, probs
+
+    def _may_go_in_pieces(self, judge: Judge) -> bool:
+        """Whether nobody looks at the last hidden state, or brings weights to the modules that make something of it."""
+        return all(keeps_to_itself(module) for module in (self.layer_norm, self.dropout, judge.head))
 
     def _sum(self, streams: Streams, judge: Judge) -> Tensor:
         judged = judge.run_again if streams.channel is None else judge.run
@@ -168,7 +173,7 @@ class ReformerEncoder(nn.Module):
             return judged(self.dropout(self.layer_norm(both_BTX)), start)
 
         def parameters() -> list[Tensor]:
-            return [*self.layer_norm.parameters(), *judge.parameters()]
+            return [*self.layer_norm.parameters(), *judge.head.parameters()]
 
         summing = Summing(run, parameters, judge.piece, judge.length)
         if streams.channel is None:

@@ -39,7 +39,7 @@ class ReformerOnlyLMHead(nn.Module):
         def judged(hidden_BTX: Tensor, targets: Tensor) -> Tensor:
             return loss(self._project(hidden_BTX), targets)
 
-        return Judge(judged, targets_BT, nothing, lambda: list(self.parameters()), chunk_size)
+        return Judge(judged, targets_BT, nothing, self, chunk_size)
 
 
 class ReformerClassificationHead(nn.Module):

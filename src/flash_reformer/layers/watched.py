@@ -12,7 +12,8 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 _DISCREET = ("flash_reformer", "torch", "transformers", "peft")
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks of its own."""
     return "forward" in vars(module) or any(getattr(module, name, None) for name in _HOOKS)
 
 
@@ -22,11 +23,11 @@ def _all_are_hooked() -> bool:
 
 def is_watched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module has hooks, or a ``forward`` other than that of ``kind``."""
-    return type(module).forward is not kind.forward or _is_hooked(module) or _all_are_hooked()
+    return type(module).forward is not kind.forward or is_hooked(module) or _all_are_hooked()
 
 
 def keeps_to_itself(module: nn.Module) -> bool:
     """Whether nothing inside a module has hooks, or may keep what it is given for other reasons."""
     return not _all_are_hooked() and all(
-        type(part).__module__.split(".")[0] in _DISCREET and not _is_hooked(part) for part in module.modules()
+        type(part).__module__.split(".")[0] in _DISCREET and not is_hooked(part) for part in module.modules()
     )

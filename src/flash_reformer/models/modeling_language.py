@@ -19,6 +19,7 @@ from flash_reformer.layers.encoder import Judge
 from flash_reformer.layers.exchange import Exchange
 from flash_reformer.layers.head import ReformerOnlyLMHead
 from flash_reformer.layers.linear import set_backend
+from flash_reformer.layers.watched import is_hooked
 from flash_reformer.models.configuration_reformer import ReformerConfig, check_consistency
 from flash_reformer.models.generation import CachedGeneration
 from flash_reformer.models.head_tools import exchange_of, extras, finish, mean_loss, put_together
@@ -118,9 +119,9 @@ class ReformerModelWithLMHead(CachedGeneration, _LanguageModel, GenerationMixin)
                 raise ValueError("logits_to_keep must be 0 where labels are given: the loss needs every position")
         elif not return_logits:
             raise ValueError("return_logits=False needs labels: there would be nothing to return")
-        judge = None
-        if not return_logits and labels is not None and isinstance(words, Tensor):
-            judge = self._judge(words, labels)
+        judge = self._judge(words, labels) if not return_logits and isinstance(words, Tensor) else None
+        # Whoever looks at the encoder's last state is to find one.
+        inside = judge is not None and not any(map(is_hooked, (self.reformer, self.reformer.encoder)))
         keep_shards = not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0
         outputs = self.reformer(
             input_ids,
@@ -136,35 +137,38 @@ class ReformerModelWithLMHead(CachedGeneration, _LanguageModel, GenerationMixin)
             output_attentions,
             return_dict=True,
             past_key_values=past_key_values,
-            judge=judge,
+            judge=judge if inside else None,
             keep_shards=keep_shards,
         )
         exchange = exchange_of(self.reformer, outputs, words, num_hashes)
-        hidden_BTX = outputs.last_hidden_state
+        hidden_BTX, loss = outputs.last_hidden_state, None
         logits = self.lm_head(_keep_positions(hidden_BTX, logits_to_keep)) if judge is None else None
-        loss = None
         if labels is not None:
-            targets = labels[:, 1:]
-            total = hidden_BTX if logits is None else self._loss_sum(logits, targets, exchange)
-            loss = mean_loss(total, (targets != IGNORE_INDEX).sum(), num_items_in_batch)
+            total = hidden_BTX if inside else self._loss_sum(hidden_BTX, logits, labels, judge, exchange)
+            loss = mean_loss(total, (labels[:, 1:] != IGNORE_INDEX).sum(), num_items_in_batch)
         if logits is not None and keep_shards:
             logits = put_together(logits, exchange, words)
-        cache = outputs.past_buckets_states
-        output = ReformerModelWithLMHeadOutput(loss, logits, cache, **extras(outputs))
+        output = ReformerModelWithLMHeadOutput(loss, logits, outputs.past_buckets_states, **extras(outputs))
         return finish(output, return_dict, self.config)
 
-    def _judge(self, words: Tensor, labels: Tensor) -> Judge:
+    def _judge(self, words: Tensor, labels: Tensor | None) -> Judge:
         """Return what makes the summed loss of the last hidden state; its last position has nothing to predict."""
+        assert labels is not None, "a loss needs labels"
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         loss = functools.partial(cross_entropy_sum, backend=self.backend)
         chunk = self.config.chunk_size_lm_head or _loss_chunk(words, self.config.vocab_size)
         return self.lm_head.judge(targets, IGNORE_INDEX, loss, chunk)
 
-    def _loss_sum(self, logits: Tensor, targets: Tensor, exchange: Exchange) -> Tensor:
-        """Return the summed loss of ``targets``, one fewer than positions: each is judged by what comes next."""
+    def _loss_sum(
+        self, hidden_BTX: Tensor, logits: Tensor | None, labels: Tensor, judge: Judge | None, exchange: Exchange
+    ) -> Tensor:
+        """Return the summed loss from logits, or as a judge makes it; each position is judged by what comes next."""
+        if logits is None:
+            assert judge is not None, "without logits there is a judge"
+            return exchange.total(judge.shared(exchange).total(hidden_BTX))
         # A rank's last position has a next one, on the next rank; the very last one's target is filled in.
         judged = logits if exchange.shares else logits[:, :-1]
-        mine = exchange.my_positions(targets, IGNORE_INDEX)
+        mine = exchange.my_positions(labels[:, 1:], IGNORE_INDEX)
         return exchange.total(cross_entropy_sum(judged, mine, backend=self.backend))
 
 

@@ -29,6 +29,7 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple[Any, ...]]
     plain = [x.detach() for x in (q, k, v)]
     d_out, out = draw(4, False, dtype), draw(5, False, dtype)
     wide = torch.promote_types(dtype, torch.float32)
+    delta = randn(B * T * H, seed=11, dtype=wide)
     lse, lse_rounds = torch.zeros(B, H, T, dtype=wide), torch.zeros(B, H, R, T, dtype=wide)
     lsh = [
         (ORDER, None, None, None, 3, 1, 0, True, True, True, True, 0.0),
@@ -42,11 +43,12 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple[Any, ...]]
     d_out_linear = randn(B, T, H, 5, seed=10, dtype=dtype)
     return {
         "cpu_lsh_attention": [(q, v, *rest) for rest in lsh],
-        "cpu_lsh_attention_backward": [(d_out, out, lse_rounds, plain[0], plain[2], *rest) for rest in lsh],
+        "cpu_lsh_attention_backward": [(d_out, delta, lse_rounds, plain[0], plain[2], *rest) for rest in lsh],
         "cpu_local_attention": [(q, k, v, *rest) for rest in local],
-        "cpu_local_attention_backward": [(d_out, out, lse, *plain, *rest) for rest in local],
+        "cpu_local_attention_backward": [(d_out, delta, lse, *plain, *rest) for rest in local],
         "cpu_exact_attention": [(q, k, v, *rest) for rest in exact],
         "cpu_exact_attention_backward": [(d_out, out, lse, *plain, *rest) for rest in exact],
+        "cpu_row_dots": [(d_out, out)],
         "cpu_hash_vectors": [(vectors, rotations, [4, 6], MASK), (vectors, rotations, [10], None)],
         "cpu_sort_positions": [(BUCKETS,), (BUCKETS.int(),)],
         "cpu_dropout": [(q, 0.5, seed(3))],
