@@ -19,6 +19,7 @@ from flash_reformer.training.building import build_model
 from flash_reformer.training.recipes import train_clm
 from flash_reformer.training.settings import CausalSettings
 from flash_reformer.training.sharing import stop_sharing
+from flash_reformer.training.signals import StopRequest
 from flash_reformer.training.tasks.causal import CausalLanguageModelling
 from flash_reformer.training.trainer import TaskTrainer
 from flash_reformer.training.vocabulary import Vocabulary
@@ -43,7 +44,7 @@ def run(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
     settings = CausalSettings(**{**SETTINGS, "text": (str(folder / "text.txt"),), **changes})
     task = CausalLanguageModelling(settings, Vocabulary.of_bytes())
     model = build_model(task, FIELDS)
-    trainer = TaskTrainer(task, Budget(settings.max_steps, None, 0.0), model=model)
+    trainer = TaskTrainer(task, Budget(settings.max_steps, None, 0.0), StopRequest(), model=model)
     before = parameters_to_vector(model.parameters()).detach().clone()
     trainer.train()
     stop_sharing(model, settings.sequence_parallel)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from flash_reformer.models.modeling_language import ReformerForMaskedLM
 from flash_reformer.tokenization.training import train_vocabulary
 from flash_reformer.training import resume, resume_clm, train, train_clm
+from flash_reformer.training.checkpoints import seal
 from flash_reformer.training.data import Document, hold_out
 from flash_reformer.training.masking import WordBlocks, word_row
 from flash_reformer.training.packing import PackedBlocks, pack
@@ -249,6 +250,7 @@ def test_a_streamed_run_resumes_bit_for_bit_and_counts_passes(tmp_path, offline_
     saved = json.loads(state.read_text())
     del saved["stateful_callbacks"]["StreamPosition"]
     state.write_text(json.dumps(saved))
+    seal(state.parent)
     with pytest.raises(ValueError, match="does not say where its stream of text stands"):
         resume_clm({"output": str(tmp_path / "broken"), "max_steps": 30}, resume_from=str(state.parent))
 

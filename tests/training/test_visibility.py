@@ -1,5 +1,6 @@
 """What a run says of itself while it goes: speed, time left, memory, to a terminal, TensorBoard and trackio."""
 
+import gc
 import importlib.machinery
 import mmap
 import sys
@@ -95,6 +96,7 @@ def test_speed_is_that_of_steps_without_pauses(monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux says what is resident at the moment")
 def test_memory_is_that_of_now_and_at_most():
+    gc.collect()
     before, size = memory.memory_of_process(), 64 * 2**20
     # Apart from the heap, which may have so much to spare.
     block = mmap.mmap(-1, size)

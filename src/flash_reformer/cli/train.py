@@ -78,9 +78,11 @@ def _add(task: type[Task], says: str, example: str) -> None:
                 raise ValueError(f"unexpected argument {str(files[0])!r}: {hint}")
             if files:
                 given["text"] = [*given["text"], *map(str, files)]
+            if dry_run:
+                _refuse_on_dry_run(resume=resume, resume_from=resume_from, auto_resume=auto_resume, overwrite=overwrite)
             if resume or resume_from is not None:
                 others = {"preset": preset, "config": config, "auto_resume": auto_resume, "overwrite": overwrite}
-                _refuse_on_resume(resume, resume_from, given, **others, dry_run=dry_run)
+                _refuse_on_resume(resume, resume_from, given, **others)
                 with ProgressBar(console) as bar:
                     _show(console, _resume(task, given, resume_from, bar))
                 return
@@ -90,7 +92,6 @@ def _add(task: type[Task], says: str, example: str) -> None:
             check_effect(given_model_fields(given), sizes.get("attn_layers", ReformerConfig().attn_layers))
             settings = given_settings(task, given)
             if dry_run:
-                _refuse_on_dry_run(overwrite=overwrite, auto_resume=auto_resume)
                 for line in describe_estimate(recipes.dry_run(task.name, settings, fields, preset=preset)):
                     console.print(line, highlight=False, markup=False, soft_wrap=True)
                 return
@@ -142,7 +143,7 @@ def _fields(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
     return {**base, **fields}
 
 
-def _refuse_on_dry_run(**others: bool) -> None:
+def _refuse_on_dry_run(**others: Any) -> None:
     for name, value in others.items():
         if value:
             raise ValueError(f"--dry-run is about a new run, and writes nothing: it contradicts {flag(name)}")

@@ -348,25 +348,33 @@ class ReformerModel(CachedForwards, SharesSequences, ReformerPreTrainedModel):
             hidden_BTX, stepped = self.step_cache(cache, inputs, num_hashes, head_masks, with_states)
             hidden_BTX = hidden_BTX if judge is None else judge.total(hidden_BTX)
             output = ReformerModelOutput(hidden_BTX, cache, tuple(stepped) if with_states else None)
-            return output if return_dict else output.to_tuple()
+        else:
+            cache = self._new_cache(use_cache) if cache is None else cache
+            flags = {"with_states": with_states, "with_probs": with_probs, "keep_shards": keep_shards}
+            output = self._forward_whole(cache, inputs, num_hashes, head_masks, judge, flags)
+        return output if return_dict else output.to_tuple()
 
-        cache = self._new_cache(use_cache) if cache is None else cache
-        rounds = config.num_hashes if num_hashes is None else num_hashes
-        flags: dict[str, Any] = {"with_states": with_states, "with_probs": with_probs, "keep_shards": keep_shards}
+    def _forward_whole(
+        self,
+        cache: ReformerCache | None,
+        inputs: door.Inputs,
+        num_hashes: int | None,
+        head_masks: list[Tensor | None],
+        judge: Judge | None,
+        flags: dict[str, bool],
+    ) -> ReformerModelOutput:
+        """Encode a batch from its first token on, and fill the cache if there is one."""
+        rounds = self.config.num_hashes if num_hashes is None else num_hashes
+        options: dict[str, Any] = {"judge": judge, **flags}
         if cache is None:
             self.ranks.check_same(inputs.given, num_hashes=rounds, training=self.training, **flags)
-            hidden_BTX, states, probs = self._encode(
-                inputs, rounds, self._draw_seed(), head_masks, judge=judge, **flags
-            )
+            hidden_BTX, states, probs = self._encode(inputs, rounds, self._draw_seed(), head_masks, **options)
         else:
             with cache.filling():
                 fill, compact = self.fill_cache(cache, inputs, num_hashes)
-                hidden_BTX, states, probs = self._encode(
-                    inputs, rounds, cache.seed, head_masks, fill=fill, judge=judge, **flags
-                )
+                hidden_BTX, states, probs = self._encode(inputs, rounds, cache.seed, head_masks, fill=fill, **options)
                 self.finish_filling(cache, inputs, compact)
-        output = ReformerModelOutput(hidden_BTX, cache, states, probs)
-        return output if return_dict else output.to_tuple()
+        return ReformerModelOutput(hidden_BTX, cache, states, probs)
 
 
 def _crop(x_BTX: Tensor, length: int) -> Tensor:
