@@ -17,6 +17,7 @@ from flash_reformer.layers.attention import ReformerAttention
 from tests.layers.tools import (
     BATCH,
     MIXES,
+    assert_gradients_match,
     assert_pair_agrees,
     gradients,
     make_batch,
@@ -196,3 +197,26 @@ def test_a_private_chain_writes_over_its_own_streams_only() -> None:
     assert len(places) == 8
     # The first block's are the embeddings, which are not the chain's.
     assert [x == y for x, y in places] == [False, False] + [True] * 6
+
+
+def test_the_loss_alone_is_replayed_in_the_modes_it_had() -> None:
+    """Between a forward and its backward somebody may call ``eval()``: the last dropout was drawn all the same."""
+    found = []
+    for model in make_pair(torch.float64, chunk_size_lm_head=5):
+        model.lm_head.decoder = nn.Sequential(nn.Dropout(0.4), model.lm_head.decoder)
+        torch.manual_seed(3)
+        loss = loss_alone(model, **make_batch())
+        if model.config.reversible:
+            model.eval()
+        loss.backward()
+        assert model.training != model.config.reversible
+        found.append(gradients(model))
+    assert_gradients_match(*found, EXACT)
+
+
+def test_what_a_head_drops_out_is_dropped_again() -> None:
+    """Adapters drop out what goes into the projection to the vocabulary, and each piece of it is run again."""
+    pair = make_pair(torch.float64, chunk_size_lm_head=5)
+    for model in pair:
+        model.lm_head.decoder = nn.Sequential(nn.Dropout(0.4), model.lm_head.decoder)
+    assert_pair_agrees(pair, EXACT, loss_alone, **make_batch())
