@@ -115,9 +115,10 @@ class _Block(torch.autograd.Function):
             replace(branch, sides=tuple(side.detach().requires_grad_(side.requires_grad) for side in branch.sides))
             for branch in (ctx.f, ctx.g)
         )
-        grads = LeafGradients([*f.sides, *g.sides, *_unchanged(ctx.parameters(), ctx.leaves)])
-        x2, low2, d1 = undo(g, None, ctx.before_g, Undoing(y1, y2, low2, d1, d2), grads)
-        x1, low1, d2 = undo(f, record, ctx.before_f, Undoing(x2, y1, low1, d2, d1), grads)
+        leaves = [*f.sides, *g.sides, *_unchanged(ctx.parameters(), ctx.leaves)]
+        grads = LeafGradients(leaves, in_pieces=bool(f.chunk_size or g.chunk_size))
+        x2, low2, d1 = undo(g, None, ctx.before_g, Undoing(y1, y2, low2, d1, d2, ctx.private), grads)
+        x1, low1, d2 = undo(f, record, ctx.before_f, Undoing(x2, y1, low1, d2, d1, ctx.private), grads)
         if ctx.private:
             as_ours(d1, d2)
         return None, None, None, None, d1, d2, None, None, *as_ours(x1, x2, low1, low2), *grads.sums
@@ -239,7 +240,8 @@ class _Sum(torch.autograd.Function):
         d1, d2 = (lasting_like(y) for y in (y1, y2))
         for d in (d1, d2):
             d[:, ctx.summing.length :] = 0
-        grads = LeafGradients(_unchanged(ctx.summing.parameters(), ctx.leaves))
+        in_pieces = ctx.summing.piece < ctx.summing.length
+        grads = LeafGradients(_unchanged(ctx.summing.parameters(), ctx.leaves), in_pieces=in_pieces)
         with ctx.before.restore():
             for at, (y1_, y2_, d1_, d2_) in ctx.summing.pieces(y1, y2, d1, d2):
                 with torch.enable_grad():

@@ -119,7 +119,7 @@ class ReformerModelWithLMHead(CachedGeneration, _LanguageModel, GenerationMixin)
         elif not return_logits:
             raise ValueError("return_logits=False needs labels: there would be nothing to return")
         judge = None
-        if not return_logits and labels is not None and isinstance(words, Tensor):
+        if not return_logits and labels is not None and isinstance(words, Tensor) and words.dim() >= 2:
             judge = self._judge(words, labels)
         keep_shards = not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0
         outputs = self.reformer(

@@ -354,7 +354,8 @@ class ReformerModel(CachedForwards, SharesSequences, ReformerPreTrainedModel):
         rounds = config.num_hashes if num_hashes is None else num_hashes
         flags: dict[str, Any] = {"with_states": with_states, "with_probs": with_probs, "keep_shards": keep_shards}
         if cache is None:
-            self.ranks.check_same(inputs.given, num_hashes=rounds, training=self.training, **flags)
+            asked = {**flags, "return_logits": judge is None}
+            self.ranks.check_same(inputs.given, num_hashes=rounds, training=self.training, **asked)
             hidden_BTX, states, probs = self._encode(
                 inputs, rounds, self._draw_seed(), head_masks, judge=judge, **flags
             )
