@@ -139,6 +139,12 @@ def _channel_for(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.new_zeros(()).expand(tensor.shape) for tensor in tensors)
 
 
+def _begin_walk_back() -> None:
+    begin_walk()
+    # Where gradients are asked for that lie above, the walk does not come to the chain's beginning.
+    torch.autograd.Variable._execution_engine.queue_callback(end_walk)
+
+
 class _Open(torch.autograd.Function):
     """Give the streams a channel. ``token`` requires gradients, so the chain exists whatever the streams do."""
 
@@ -183,7 +189,7 @@ class _Close(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_both: Tensor) -> tuple[Tensor | None, ...]:
-        begin_walk()
+        _begin_walk_back()
         both, low1, low2 = ctx.saved_tensors
         # Copies, so that what is stored is free while the chain is walked back.
         pair = [lasting_like(tensor).copy_(tensor) for tensor in (*both.chunk(2, dim=-1), low1, low2)]
@@ -234,7 +240,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        begin_walk()
+        _begin_walk_back()
         pair = ctx.saved_tensors[:4]
         y1, y2 = pair[:2]
         d1, d2 = (lasting_like(y) for y in (y1, y2))

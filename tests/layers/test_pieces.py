@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flash_reformer import reversible
+from flash_reformer import buffers, reversible
 from flash_reformer.layers import block
 from flash_reformer.layers.attention import ReformerAttention
 from tests.layers.tools import (
@@ -237,3 +237,14 @@ def test_many_pieces_in_half_precision_add_up(monkeypatch: pytest.MonkeyPatch) -
     expected, whole, pieces = grads(torch.float32, False), grads(torch.bfloat16, False), grads(torch.bfloat16, True)
     for name, grad in expected.items():
         assert relative_error(pieces[name], grad) <= 1.5 * relative_error(whole[name], grad), name
+
+
+def test_a_walk_that_stops_halfway_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of the last layers alone: the walk never comes to the chain's beginning."""
+    monkeypatch.setattr(buffers, "_SMALL", 1)
+    model = make_model(torch.float64)
+    for close in (True, False):
+        loss = model(**make_batch(), return_logits=close).loss
+        torch.autograd.grad(loss, list(model.reformer.encoder.layers[2].parameters()))
+        assert not buffers._streams.is_keeping
+        assert not buffers._streams._kept.free
