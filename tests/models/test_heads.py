@@ -104,7 +104,7 @@ def test_a_loss_without_logits_never_makes_them(monkeypatch):
 def test_a_loss_without_logits_refuses_what_a_loss_with_logits_refuses():
     for return_logits in (True, False):
         with pytest.raises(ValueError, match=r"input_ids must have shape \[batch, length\]; got \[5\]"):
-            build(LM)(ids(5)[0], labels=ids(5)[0], return_logits=return_logits)
+            build(LM)(ids(1, 5)[0], labels=ids(1, 5)[0], return_logits=return_logits)
 
 
 def test_logits_to_keep():

@@ -118,9 +118,7 @@ class ReformerModelWithLMHead(CachedGeneration, _LanguageModel, GenerationMixin)
                 raise ValueError("logits_to_keep must be 0 where labels are given: the loss needs every position")
         elif not return_logits:
             raise ValueError("return_logits=False needs labels: there would be nothing to return")
-        judge = None
-        if not return_logits and labels is not None and isinstance(words, Tensor) and words.dim() >= 2:
-            judge = self._judge(words, labels)
+        judge = None if return_logits or labels is None else self._judge(words, labels)
         keep_shards = not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0
         outputs = self.reformer(
             input_ids,
@@ -153,8 +151,10 @@ class ReformerModelWithLMHead(CachedGeneration, _LanguageModel, GenerationMixin)
         output = ReformerModelWithLMHeadOutput(loss, logits, cache, **extras(outputs))
         return finish(output, return_dict, self.config)
 
-    def _judge(self, words: Tensor, labels: Tensor) -> Judge:
-        """Return what makes the summed loss of the last hidden state; its last position has nothing to predict."""
+    def _judge(self, words: Any, labels: Tensor) -> Judge | None:
+        """Return what makes the summed loss of the last hidden state; None for words that the model will refuse."""
+        if not isinstance(words, Tensor) or words.dim() < 2:
+            return None
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         loss = functools.partial(cross_entropy_sum, backend=self.backend)
         chunk = self.config.chunk_size_lm_head or _loss_chunk(words, self.config.vocab_size)
