@@ -60,9 +60,9 @@ class Branch:
         """Return the views of ``x`` that go one at a time."""
         return x.split(self.chunk_size, dim=1) if self.chunk_size else (x,)
 
-    def enter(self, parts: Parts, x: Tensor) -> list[Tensor]:
-        """Return what :attr:`parts` make of all of ``x`` before positions meet."""
-        return _joined((parts.enter(piece) for piece in self.split(x)), x.shape[1])
+    def enter(self, parts: Parts, x: Tensor, *, private: bool = True) -> list[Tensor]:
+        """Return what :attr:`parts` make of all of ``x`` before positions meet; of copies, unless ``private``."""
+        return _joined((parts.enter(piece if private else piece.clone()) for piece in self.split(x)), x.shape[1])
 
     def values(self, x: Tensor) -> tuple[Iterator[Tensor], Record]:
         """Run the branch on ``x`` for the first time: return its output piece by piece, and its record."""
@@ -169,23 +169,34 @@ def _without_hooks(leaves: list[Tensor]) -> Iterator[None]:
             hooks.update(kept)
 
 
+def _room_for_sum(leaf: Tensor, *, wide: bool) -> Tensor:
+    return torch.empty_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32) if wide else leaf.dtype)
+
+
 class LeafGradients:
     """The sums of the gradients of a block's leaves over its branches and their pieces.
 
     Their memory is taken before the recomputation begins. A gradient outlives the block; one that was allocated among
     the recomputation's large temporaries would keep the hole that they leave from being used whole again, and the
     heap would grow by the temporaries' size in every layer.
+
+    ``in_pieces`` tells that a leaf gets many gradients. In half precision the later ones would be lost to rounding, so
+    they are added up in fp32.
     """
 
-    def __init__(self, leaves: list[Tensor]) -> None:
-        self._buffers = [torch.empty_like(leaf) if leaf.requires_grad else None for leaf in leaves]
+    def __init__(self, leaves: list[Tensor], *, in_pieces: bool) -> None:
+        self._dtypes = [leaf.dtype for leaf in leaves]
+        self._buffers = [_room_for_sum(leaf, wide=in_pieces) if leaf.requires_grad else None for leaf in leaves]
         self._touched = [False] * len(leaves)
         self._wanted = [(index, leaf) for index, leaf in enumerate(leaves) if leaf.requires_grad]
 
     @property
     def sums(self) -> list[Tensor | None]:
         """One gradient per leaf, None where nothing led to it."""
-        return [buffer if touched else None for buffer, touched in zip(self._buffers, self._touched, strict=True)]
+        sums: list[Tensor | None] = []
+        for buffer, touched, dtype in zip(self._buffers, self._touched, self._dtypes, strict=True):
+            sums.append(buffer.to(dtype) if touched and buffer is not None else None)
+        return sums
 
     def through(
         self, outs: Sequence[GradientEdge], inputs: Sequence[Tensor], d_outs: Sequence[Tensor]
@@ -240,13 +251,21 @@ def advance(branch: Branch, *, at: Tensor, x: Tensor, low: Tensor, reuse: bool) 
 
 @dataclass(frozen=True)
 class Undoing:
-    """What is known when ``out = in + branch(at)`` is to be undone; ``d_`` are gradients."""
+    """What is known when ``out = in + branch(at)`` is to be undone; ``d_`` are gradients.
+
+    Unless this is ``private``, somebody may keep what the branch is shown, which must not be written over then.
+    """
 
     at: Tensor
     out: Tensor
     low: Tensor
     d_at: Tensor
     d_out: Tensor
+    private: bool
+
+    def leaf(self, x: Tensor) -> Tensor:
+        """Return the leaf of the graph of a part of ``at``."""
+        return (x.detach() if self.private else x.clone()).requires_grad_()
 
 
 def undo(
@@ -264,7 +283,7 @@ def undo(
         tensors = (known.at, known.out, known.low, known.d_at, known.d_out, *room)
         for at, out, low, d_at, d_out, undone, undone_low, d_undone in zip(*map(branch.split, tensors), strict=True):
             with torch.enable_grad():
-                leaf = at.detach().requires_grad_()
+                leaf = known.leaf(at)
                 value, _ = branch.run(leaf, record, *branch.sides)
             edge = _take_out(branch, value, out, low, undone, undone_low)
             dtype = value.dtype
@@ -305,7 +324,7 @@ def _undo_parts(
     undone, undone_low, d_undone = room
     with before.restore():
         with torch.no_grad():
-            entered = [tensor.requires_grad_() for tensor in branch.enter(parts, known.at)]
+            entered = [tensor.requires_grad_() for tensor in branch.enter(parts, known.at, private=known.private)]
         with torch.enable_grad():
             mixed, _ = parts.mix(entered, record, *branch.sides)
         mixed_edge, mixed = [get_gradient_edge(mixed)], mixed.detach()
@@ -329,7 +348,7 @@ def _undo_parts(
         d_pieces = zip(*(branch.split(d_entered[index]) for index in wanted), strict=True)  # type: ignore[arg-type]
         for at_, d_at_, d_undone_, d_parts in zip(*pieces, d_pieces, strict=True):
             with torch.enable_grad():
-                leaf = at_.detach().requires_grad_()
+                leaf = known.leaf(at_)
                 again = parts.enter(leaf)
             edges = [get_gradient_edge(again[index]) for index in wanted]
             (d_leaf,) = grads.through(edges, [leaf], d_parts)

@@ -115,9 +115,10 @@ class _Block(torch.autograd.Function):
             replace(branch, sides=tuple(side.detach().requires_grad_(side.requires_grad) for side in branch.sides))
             for branch in (ctx.f, ctx.g)
         )
-        grads = LeafGradients([*f.sides, *g.sides, *_unchanged(ctx.parameters(), ctx.leaves)])
-        x2, low2, d1 = undo(g, None, ctx.before_g, Undoing(y1, y2, low2, d1, d2), grads)
-        x1, low1, d2 = undo(f, record, ctx.before_f, Undoing(x2, y1, low1, d2, d1), grads)
+        leaves = [*f.sides, *g.sides, *_unchanged(ctx.parameters(), ctx.leaves)]
+        grads = LeafGradients(leaves, in_pieces=bool(f.chunk_size or g.chunk_size))
+        x2, low2, d1 = undo(g, None, ctx.before_g, Undoing(y1, y2, low2, d1, d2, ctx.private), grads)
+        x1, low1, d2 = undo(f, record, ctx.before_f, Undoing(x2, y1, low1, d2, d1, ctx.private), grads)
         if ctx.private:
             as_ours(d1, d2)
         return None, None, None, None, d1, d2, None, None, *as_ours(x1, x2, low1, low2), *grads.sums
@@ -136,6 +137,12 @@ def _unchanged(parameters: list[Tensor], leaves: tuple[Tensor, ...]) -> list[Ten
 def _channel_for(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return zeros with the tensors' shapes and dtypes that take one number of memory each."""
     return tuple(tensor.new_zeros(()).expand(tensor.shape) for tensor in tensors)
+
+
+def _begin_walk_back() -> None:
+    begin_walk()
+    # Where gradients are asked for that lie above, the walk does not come to the chain's beginning.
+    torch.autograd.Variable._execution_engine.queue_callback(end_walk)
 
 
 class _Open(torch.autograd.Function):
@@ -182,7 +189,7 @@ class _Close(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_both: Tensor) -> tuple[Tensor | None, ...]:
-        begin_walk()
+        _begin_walk_back()
         both, low1, low2 = ctx.saved_tensors
         # Copies, so that what is stored is free while the chain is walked back.
         pair = [lasting_like(tensor).copy_(tensor) for tensor in (*both.chunk(2, dim=-1), low1, low2)]
@@ -233,13 +240,14 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        begin_walk()
+        _begin_walk_back()
         pair = ctx.saved_tensors[:4]
         y1, y2 = pair[:2]
         d1, d2 = (lasting_like(y) for y in (y1, y2))
         for d in (d1, d2):
             d[:, ctx.summing.length :] = 0
-        grads = LeafGradients(_unchanged(ctx.summing.parameters(), ctx.leaves))
+        in_pieces = ctx.summing.piece < ctx.summing.length
+        grads = LeafGradients(_unchanged(ctx.summing.parameters(), ctx.leaves), in_pieces=in_pieces)
         with ctx.before.restore():
             for at, (y1_, y2_, d1_, d2_) in ctx.summing.pieces(y1, y2, d1, d2):
                 with torch.enable_grad():

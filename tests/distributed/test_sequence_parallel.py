@@ -110,12 +110,13 @@ def refusals(rank: int, mesh: DeviceMesh) -> dict[str, str]:
             return f"{type(error).__name__}: {error}"
         return "nothing"
 
-    model, ids = build(parallelize_sequence), ids_of(45, seed=rank)
+    model, ids, whole_ids = build(parallelize_sequence), ids_of(45, seed=rank), ids_of(45)
     whole = build(parallelize_sequence)
     fully_shard(whole)
     return {
         "other tokens": said(lambda: model(ids)),
         "other lengths": said(lambda: model(ids[:, : 40 + rank])),
+        "other outputs": said(lambda: model(whole_ids, labels=whole_ids, return_logits=rank == 0)),
         "twice": said(lambda: parallelize_sequence(model)),
         "two dimensions": said(lambda: parallelize_sequence(build(nothing), mesh)),
         "heads": said(lambda: parallelize_sequence(build(nothing, num_attention_heads=2))),
@@ -238,6 +239,7 @@ DIFFERENT = "ValueError: ranks that share sequences must pass the same batch, an
     [
         ("other tokens", f"{DIFFERENT}content"),
         ("other lengths", f"{DIFFERENT}tokens, content"),
+        ("other outputs", f"{DIFFERENT}return_logits"),
         ("twice", "ValueError: model is spread over ranks already"),
         ("two dimensions", "ValueError: ranks must be a mesh of one dimension; got 2 (('data', 'sequence'))"),
         ("heads", "ValueError: num_attention_heads must be divisible by the 4 ranks; got 2"),

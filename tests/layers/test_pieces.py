@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flash_reformer import reversible
+from flash_reformer import buffers, reversible
 from flash_reformer.layers import block
 from flash_reformer.layers.attention import ReformerAttention
 from tests.layers.tools import (
     BATCH,
     MIXES,
+    assert_gradients_match,
     assert_pair_agrees,
     gradients,
     make_batch,
@@ -135,16 +136,19 @@ def test_a_graph_can_be_walked_twice(in_pieces: list[int]) -> None:
         loss.backward()
 
 
-def test_streams_are_not_written_over_where_modules_are_watched() -> None:
-    """A hook inside a layer may keep what it sees in the forward: then every block takes memory of its own."""
+@pytest.mark.parametrize("pieces", [True, False], ids=["in pieces", "whole"])
+def test_what_hooks_keep_is_not_written_over(pieces: bool, request: pytest.FixtureRequest) -> None:
+    """A hook inside a layer may keep what it sees, in the forward and when the layer is run again."""
+    if pieces:
+        request.getfixturevalue("in_pieces")
     kept: list[tuple[Tensor, Tensor]] = []
     model = make_model(torch.float64)
-    norm = model.reformer.encoder.layers[1].attention.layer_norm
-    norm.register_forward_hook(lambda m, args, out: kept.append((args[0], args[0].clone())))
+    for layer in model.reformer.encoder.layers:
+        for module in (layer.attention.layer_norm, layer.feed_forward):
+            module.register_forward_hook(lambda m, args, out: kept.append((args[0], args[0].detach().clone())))
     take_step(model, loss=loss_alone, **make_batch())
-    assert len(kept) == 2
-    # What the second run on the way back shows is rebuilt, and goes on to the block below.
-    assert torch.equal(*kept[0])
+    assert len(kept) > 12 if pieces else len(kept) == 12
+    assert all(torch.equal(value, before) for value, before in kept)
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["reversible", "plain"])
@@ -196,3 +200,51 @@ def test_a_private_chain_writes_over_its_own_streams_only() -> None:
     assert len(places) == 8
     # The first block's are the embeddings, which are not the chain's.
     assert [x == y for x, y in places] == [False, False] + [True] * 6
+
+
+def test_the_loss_alone_is_replayed_in_the_modes_it_had() -> None:
+    """Between a forward and its backward somebody may call ``eval()``: the last dropout was drawn all the same."""
+    found = []
+    for model in make_pair(torch.float64, chunk_size_lm_head=5):
+        model.lm_head.decoder = nn.Sequential(nn.Dropout(0.4), model.lm_head.decoder)
+        torch.manual_seed(3)
+        loss = loss_alone(model, **make_batch())
+        if model.config.reversible:
+            model.eval()
+        loss.backward()
+        assert model.training != model.config.reversible
+        found.append(gradients(model))
+    assert_gradients_match(*found, EXACT)
+
+
+def test_what_a_head_drops_out_is_dropped_again() -> None:
+    """Adapters drop out what goes into the projection to the vocabulary, and each piece of it is run again."""
+    pair = make_pair(torch.float64, chunk_size_lm_head=5)
+    for model in pair:
+        model.lm_head.decoder = nn.Sequential(nn.Dropout(0.4), model.lm_head.decoder)
+    assert_pair_agrees(pair, EXACT, loss_alone, **make_batch())
+
+
+def test_many_pieces_in_half_precision_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hundredth gradient of a bias would be lost to rounding in a sum that is kept in bf16."""
+    off = {"hidden_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0.0, "attn_layers": ["local"]}
+
+    def grads(dtype: torch.dtype, pieces: bool) -> dict[str, Tensor]:
+        monkeypatch.setattr(block, "_WIDE_ENOUGH", BATCH * 17 if pieces else 2**21)
+        model = make_model(dtype, **off, chunk_size_lm_head=1 if pieces else 0)
+        return take_step(model, loss=loss_alone, **make_batch(96)).grads
+
+    expected, whole, pieces = grads(torch.float32, False), grads(torch.bfloat16, False), grads(torch.bfloat16, True)
+    for name, grad in expected.items():
+        assert relative_error(pieces[name], grad) <= 1.5 * relative_error(whole[name], grad), name
+
+
+def test_a_walk_that_stops_halfway_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of the last layers alone: the walk never comes to the chain's beginning."""
+    monkeypatch.setattr(buffers, "_SMALL", 1)
+    model = make_model(torch.float64)
+    for close in (True, False):
+        loss = model(**make_batch(), return_logits=close).loss
+        torch.autograd.grad(loss, list(model.reformer.encoder.layers[2].parameters()))
+        assert not buffers._streams.is_keeping
+        assert not buffers._streams._kept.free

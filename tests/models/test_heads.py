@@ -102,6 +102,12 @@ def test_a_loss_without_logits_never_makes_them(monkeypatch):
     assert sum(sizes) in (2 * (T - 1), 2 * T), "each chunk once forward and once for its gradient"
 
 
+def test_a_loss_without_logits_refuses_what_a_loss_with_logits_refuses():
+    for return_logits in (True, False):
+        with pytest.raises(ValueError, match=r"input_ids must have shape \[batch, length\]; got \[5\]"):
+            build(LM)(ids(1, 5)[0], labels=ids(1, 5)[0], return_logits=return_logits)
+
+
 def test_logits_to_keep():
     model, tokens = build(LM), ids(2, T)
     with torch.no_grad():

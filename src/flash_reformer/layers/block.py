@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from flash_reformer.layers.attention import ReformerAttention
 from flash_reformer.layers.call import Call
 from flash_reformer.layers.decode_step import Step
 from flash_reformer.layers.linear import Dropout, Linear, check_capture
+from flash_reformer.layers.modes import in_modes, modes_of
 from flash_reformer.layers.norm import LayerNorm
 from flash_reformer.reversible import Streams, plain_block, reversible_block
 
@@ -84,19 +84,6 @@ class ReformerFeedForward(nn.Module):
 _WIDE_ENOUGH, _WIDE_ON_DEVICE = 2**21, 2**26
 
 
-@contextlib.contextmanager
-def _in_modes(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Put modules into these modes, and back: between a forward and its replay somebody may call ``eval()``."""
-    changed = [(module, training) for module, training in modes if module.training != training]
-    for module, training in changed:
-        module.training = training
-    try:
-        yield
-    finally:
-        for module, training in changed:
-            module.training = not training
-
-
 def _check_engine(layer: nn.Module) -> None:
     """Raise where the weights of a layer come and go while it runs, or are copies: it could not run again as it was.
 
@@ -149,26 +136,26 @@ class ReformerLayer(nn.Module):
 
     def branches(self, x1: Tensor, call: Call, head_mask_H: Tensor | None) -> tuple[Branch, Branch]:
         """Return the two residual branches as this call sees them, its modules' modes (train or eval) included."""
-        modes = [(module, module.training) for module in self.modules()]
+        modes = modes_of(self)
 
         def run_attention(x: Tensor, record: Record | None, head_mask_H: Tensor | None = None) -> tuple[Tensor, Record]:
-            with _in_modes(modes):
+            with in_modes(modes):
                 return self.attention(x, call, head_mask_H, record)
 
         def run_feed_forward(x: Tensor, record: Record | None) -> tuple[Tensor, Record]:
-            with _in_modes(modes):
+            with in_modes(modes):
                 return self.feed_forward(x), ()
 
         def mix(entered: list[Tensor], record: Record | None, head_mask_H: Tensor | None = None) -> Any:
-            with _in_modes(modes):
+            with in_modes(modes):
                 return self.attention.mix(entered, call, head_mask_H, record)
 
         def enter(x: Tensor) -> tuple[Tensor, ...]:
-            with _in_modes(modes):
+            with in_modes(modes):
                 return self.attention.enter(x)
 
         def leave(mixed: Tensor) -> Tensor:
-            with _in_modes(modes):
+            with in_modes(modes):
                 return self.attention.leave(mixed)
 
         sides = () if head_mask_H is None else (head_mask_H,)

@@ -16,9 +16,11 @@ from flash_reformer.layers.call import Call
 from flash_reformer.layers.decode_step import Step
 from flash_reformer.layers.exchange import Exchange
 from flash_reformer.layers.linear import Dropout
+from flash_reformer.layers.modes import in_modes, modes_of
 from flash_reformer.layers.norm import LayerNorm
 from flash_reformer.layers.watched import is_watched, keeps_to_itself
 from flash_reformer.reversible import Streams, Summing, close_channel, close_with_sum, keep, open_channel, start
+from flash_reformer.seeds import is_capturing
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class Judge:
         """Do what :meth:`run` does, and again for the gradient, so that nothing inside of it is stored."""
         if not torch.is_grad_enabled():
             return self.run(hidden_BTX, start)
-        result: Tensor = checkpoint(self.run, hidden_BTX, start, use_reentrant=False, preserve_rng_state=False)
+        # What adapters drop out is dropped again; a graph's generators cannot be read while it is captured.
+        replay = torch.compiler.is_compiling() or not is_capturing(hidden_BTX.device)
+        result: Tensor = checkpoint(self.run, hidden_BTX, start, use_reentrant=False, preserve_rng_state=replay)
         return result
 
     def total(self, hidden_BTX: Tensor) -> Tensor:
@@ -168,9 +172,11 @@ class ReformerEncoder(nn.Module):
 
     def _sum(self, streams: Streams, judge: Judge) -> Tensor:
         judged = judge.run_again if streams.channel is None else judge.run
+        modes = modes_of(self.layer_norm, self.dropout)
 
         def run(both_BTX: Tensor, start: int) -> Tensor:
-            return judged(self.dropout(self.layer_norm(both_BTX)), start)
+            with in_modes(modes):
+                return judged(self.dropout(self.layer_norm(both_BTX)), start)
 
         def parameters() -> list[Tensor]:
             return [*self.layer_norm.parameters(), *judge.head.parameters()]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flash_reformer.layers.encoder import Judge
 from flash_reformer.layers.linear import Dropout, Linear
+from flash_reformer.layers.modes import in_modes, modes_of
 
 
 class ReformerOnlyLMHead(nn.Module):
@@ -36,8 +37,11 @@ class ReformerOnlyLMHead(nn.Module):
     ) -> Judge:
         """Return what makes the sum of ``loss(logits, targets)`` without ever holding more than a chunk of logits."""
 
+        modes = modes_of(self)
+
         def judged(hidden_BTX: Tensor, targets: Tensor) -> Tensor:
-            return loss(self._project(hidden_BTX), targets)
+            with in_modes(modes):
+                return loss(self._project(hidden_BTX), targets)
 
         return Judge(judged, targets_BT, nothing, self, chunk_size)
 

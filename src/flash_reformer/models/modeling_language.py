@@ -119,7 +119,7 @@ class ReformerModelWithLMHead(CachedGeneration, _LanguageModel, GenerationMixin)
                 raise ValueError("logits_to_keep must be 0 where labels are given: the loss needs every position")
         elif not return_logits:
             raise ValueError("return_logits=False needs labels: there would be nothing to return")
-        judge = self._judge(words, labels) if not return_logits and isinstance(words, Tensor) else None
+        judge = None if return_logits or labels is None else self._judge(words, labels)
         # Whoever looks at the encoder's last state is to find one.
         inside = judge is not None and not any(map(is_hooked, (self.reformer, self.reformer.encoder)))
         keep_shards = not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0
@@ -151,10 +151,12 @@ class ReformerModelWithLMHead(CachedGeneration, _LanguageModel, GenerationMixin)
         output = ReformerModelWithLMHeadOutput(loss, logits, outputs.past_buckets_states, **extras(outputs))
         return finish(output, return_dict, self.config)
 
-    def _judge(self, words: Tensor, labels: Tensor | None) -> Judge:
-        """Return what makes the summed loss of the last hidden state; its last position has nothing to predict."""
-        assert labels is not None, "a loss needs labels"
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    def _judge(self, words: Any, labels: Tensor) -> Judge | None:
+        """Return what makes the summed loss of the last hidden state; None for words that the model will refuse."""
+        if not isinstance(words, Tensor) or words.dim() < 2:
+            return None
+        # The last position has nothing to predict; a single one is judged all the same, by nothing.
+        targets = labels[:, 1:] if labels.shape[1] > 1 else torch.full_like(labels, IGNORE_INDEX)
         loss = functools.partial(cross_entropy_sum, backend=self.backend)
         chunk = self.config.chunk_size_lm_head or _loss_chunk(words, self.config.vocab_size)
         return self.lm_head.judge(targets, IGNORE_INDEX, loss, chunk)

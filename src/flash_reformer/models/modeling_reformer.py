@@ -367,7 +367,8 @@ class ReformerModel(CachedForwards, SharesSequences, ReformerPreTrainedModel):
         rounds = self.config.num_hashes if num_hashes is None else num_hashes
         options: dict[str, Any] = {"judge": judge, **flags}
         if cache is None:
-            self.ranks.check_same(inputs.given, num_hashes=rounds, training=self.training, **flags)
+            asked = {**flags, "return_logits": judge is None}
+            self.ranks.check_same(inputs.given, num_hashes=rounds, training=self.training, **asked)
             hidden_BTX, states, probs = self._encode(inputs, rounds, self._draw_seed(), head_masks, **options)
         else:
             with cache.filling():
