@@ -13,12 +13,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.utils import parameters_to_vector
 
+from flash_reformer.training import ranks
 from flash_reformer.training.budget import Budget
 from flash_reformer.training.building import build_model
 from flash_reformer.training.recipes import train_clm
-from flash_reformer.training.settings import CausalSettings
 from flash_reformer.training.sharing import stop_sharing
-from flash_reformer.training.tasks.causal import CausalLanguageModelling
+from flash_reformer.training.signals import StopRequest
+from flash_reformer.training.tasks import TASKS
 from flash_reformer.training.trainer import TaskTrainer
 from flash_reformer.training.vocabulary import Vocabulary
 from tests.distributed.test_sequence_parallel import PRELOADED
@@ -37,12 +38,15 @@ FIELDS: dict[str, Any] = {
 }
 
 
-def run(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
+def run(folder: Path, name: str = "clm", **changes: Any) -> dict[str, torch.Tensor]:
     """Train, and return the weights, how far they have come, and the held-out losses."""
-    settings = CausalSettings(**{**SETTINGS, "text": (str(folder / "text.txt"),), **changes})
-    task = CausalLanguageModelling(settings, Vocabulary.of_bytes())
+    asked = {**SETTINGS, "text": (str(folder / "text.txt"),), **changes}
+    if name != "clm":
+        del asked["sample_tokens"]
+    settings = TASKS[name].settings_class(**asked)
+    task = TASKS[name](settings, Vocabulary.of_bytes())
     model = build_model(task, FIELDS)
-    trainer = TaskTrainer(task, Budget(settings.max_steps, None, 0.0), model=model)
+    trainer = TaskTrainer(task, Budget(settings.max_steps, None, 0.0), StopRequest(), model=model)
     before = parameters_to_vector(model.parameters()).detach().clone()
     trainer.train()
     stop_sharing(model, settings.sequence_parallel)
@@ -58,6 +62,9 @@ def on_a_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
     found = run(Path(folder), output=str(Path(folder, "ranks")), sequence_parallel=SHARED)
     torch.save(found, Path(folder, f"{rank}.pt"))
+    # Words are masked at random, by each rank in its own way were they not told.
+    masked = {"batch_size": 1, "keep": "last", "sequence_parallel": SHARED}
+    run(Path(folder), "mlm", output=str(Path(folder, "masked")), **masked)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -90,7 +97,7 @@ def test_numbers_that_do_not_go_together_are_refused_before_anything_is_written(
     processes: int, shared: int, heads: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "text.txt").write_text("some text\n" * 200)
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(ranks, "world_size", lambda: processes)
     output = tmp_path / "run"
     settings = {**QUICK, "text": (str(tmp_path / "text.txt"),), "output": str(output), "sequence_parallel": shared}
     with pytest.raises(ValueError, match=said):

@@ -152,6 +152,12 @@ def test_several_processes_are_refused(text, measured, monkeypatch):
         dry_run("clm", asked(text), TINY)
 
 
+@pytest.mark.parametrize("changes", [{"sequence_parallel": 2}, {"parallel": "fsdp"}, {"static_graph": True}])
+def test_what_is_about_ranks_is_refused(changes, text, measured):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} .* is about ranks, and a dry run is of one process"):
+        dry_run("clm", asked(text, **changes), TINY)
+
+
 def test_a_calibration_that_dies_says_why(text, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false" if os.path.exists("/bin/false") else "/usr/bin/false")
     with pytest.raises(RuntimeError, match="the calibration failed with exit code 1: it said nothing"):
