@@ -24,7 +24,7 @@ from flash_reformer.training.building import (
 )
 from flash_reformer.training.checkpoints import own_checkpoints, step_of
 from flash_reformer.training.estimate import Estimate, data_memory, estimate
-from flash_reformer.training.lengths import StreamPosition
+from flash_reformer.training.lengths import StreamPosition, grow_positions
 from flash_reformer.training.memory import memory_of_process
 from flash_reformer.training.progress import ProgressCallback, Report
 from flash_reformer.training.quiet import quiet_transformers
@@ -168,6 +168,8 @@ def dry_run(
     settings.refuse_without(False, "parallel find_unused_parameters static_graph cpu_offload sequence_parallel", about)
     _check_devices(settings)
     prepared, network = prepare(kind, settings, fields)
+    if getattr(settings, "grow_positions", False):
+        grow_positions(network, settings.seq_len, settings.seed)  # what the run ends with
     return estimate(prepared, network, _budget(prepared, None), data_memory(before))
 
 
