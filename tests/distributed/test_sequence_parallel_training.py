@@ -17,10 +17,9 @@ from flash_reformer.training import ranks
 from flash_reformer.training.budget import Budget
 from flash_reformer.training.building import build_model
 from flash_reformer.training.recipes import train_clm
-from flash_reformer.training.settings import CausalSettings
 from flash_reformer.training.sharing import stop_sharing
 from flash_reformer.training.signals import StopRequest
-from flash_reformer.training.tasks.causal import CausalLanguageModelling
+from flash_reformer.training.tasks import TASKS
 from flash_reformer.training.trainer import TaskTrainer
 from flash_reformer.training.vocabulary import Vocabulary
 from tests.distributed.test_sequence_parallel import PRELOADED
@@ -39,10 +38,13 @@ FIELDS: dict[str, Any] = {
 }
 
 
-def run(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
+def run(folder: Path, name: str = "clm", **changes: Any) -> dict[str, torch.Tensor]:
     """Train, and return the weights, how far they have come, and the held-out losses."""
-    settings = CausalSettings(**{**SETTINGS, "text": (str(folder / "text.txt"),), **changes})
-    task = CausalLanguageModelling(settings, Vocabulary.of_bytes())
+    asked = {**SETTINGS, "text": (str(folder / "text.txt"),), **changes}
+    if name != "clm":
+        del asked["sample_tokens"]
+    settings = TASKS[name].settings_class(**asked)
+    task = TASKS[name](settings, Vocabulary.of_bytes())
     model = build_model(task, FIELDS)
     trainer = TaskTrainer(task, Budget(settings.max_steps, None, 0.0), StopRequest(), model=model)
     before = parameters_to_vector(model.parameters()).detach().clone()
@@ -60,6 +62,9 @@ def on_a_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
     found = run(Path(folder), output=str(Path(folder, "ranks")), sequence_parallel=SHARED)
     torch.save(found, Path(folder, f"{rank}.pt"))
+    # Words are masked at random, by each rank in its own way were they not told.
+    masked = {"batch_size": 1, "keep": "last", "sequence_parallel": SHARED}
+    run(Path(folder), "mlm", output=str(Path(folder, "masked")), **masked)
     dist.barrier()
     dist.destroy_process_group()
 

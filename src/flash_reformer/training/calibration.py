@@ -52,6 +52,7 @@ class Request:
         seq_len: positions of the batches to be estimated.
         threads: of torch.
         seconds: what all steps may take together.
+        rounds: rounds of hashing that steps take as a run goes; the batches ask for the most of them.
     """
 
     model_class: Any
@@ -63,6 +64,7 @@ class Request:
     seq_len: int
     threads: int
     seconds: float
+    rounds: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Calibration:
         bytes_per_token: what every further position of a row adds to it; 0 where ``length`` is the whole.
         kept: bytes of freed results that the process kept at ``length``.
         baseline: bytes of the process after its imports.
+        by_rounds: seconds of a short step with each of the request's rounds, over those with the most.
     """
 
     length: int = 0
@@ -96,6 +99,7 @@ class Calibration:
     bytes_per_token: float = 0.0
     kept: int = 0
     baseline: int | None = None
+    by_rounds: list[float] = field(default_factory=list)
 
 
 class Meter:
@@ -167,12 +171,15 @@ class _Steps:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def step(self, length: int, *, twice: bool = False) -> tuple[float, float]:
-        """Return the seconds of a forward and backward, and of the optimizer; ``twice`` sums two batches before it."""
+    def step(self, length: int, *, twice: bool = False, **changes: Any) -> tuple[float, float]:
+        """Return the seconds of a forward and backward, and of the optimizer; ``twice`` sums two batches before it.
+
+        ``changes`` go into the batches.
+        """
         start = self._synchronise()
         for _ in range(1 + twice):
             batches = self.request.training
-            self.trainer.training_step(self.model, cut(batches[self.count % len(batches)], length))
+            self.trainer.training_step(self.model, cut({**batches[self.count % len(batches)], **changes}, length))
             self.count += 1
         middle = self._synchronise()
         self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), self.trainer.args.max_grad_norm)
@@ -211,6 +218,7 @@ def calibrate(request: Request) -> Calibration:
         steps.step(look)
         per_token = sum(steps.step(look)) / look
         found.steps = 2
+        found.by_rounds = _compare_rounds(steps, look, request.rounds)
         # A run's steps come after a checkpoint, too, and the libraries that it needs stay.
         found.save = steps.save(folder)
         left = request.seconds - (time.perf_counter() - start)
@@ -230,6 +238,12 @@ def calibrate(request: Request) -> Calibration:
             _measure_growth(request, folder, meter, found, per_token, left)
     found.seconds = time.perf_counter() - start
     return found
+
+
+def _compare_rounds(steps: _Steps, look: int, rounds: list[int]) -> list[float]:
+    """Return what short steps take with each number of rounds, over what they take with the most."""
+    times = [min(steps.step(look, num_hashes=each)[0] for _ in range(3)) for each in rounds]
+    return [seconds / times[rounds.index(max(rounds))] for seconds in times]
 
 
 def _tokens(length: int) -> str:

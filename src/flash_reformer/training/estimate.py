@@ -106,10 +106,8 @@ def estimate(task: Task, network: Any, budget: Budget, data_bytes: int) -> Estim
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a dry run is of one process: leave the launcher out; on several devices each takes as much")
     settings = task.settings
-    start = time.perf_counter()
-    batches = [_batch(task, rows) for rows in _groups(_some_rows(task.train, _ROWS), settings.batch_size)]
+    batches, data_seconds = _training_batches(task)
     longest = max(batches, key=lambda batch: batch["input_ids"].shape[1])
-    data_seconds = (time.perf_counter() - start) / len(batches)
     per_row = 1 if task.loss_only else settings.batch_size
     judged = [_batch(task, rows) for rows in _groups(_some_rows(task.held_out, _BATCHES * per_row), per_row)]
     seq_len = longest["input_ids"].shape[1]
@@ -125,11 +123,12 @@ def estimate(task: Task, network: Any, budget: Budget, data_bytes: int) -> Estim
         seq_len,
         torch.get_num_threads(),
         SECONDS,
+        [] if settings.rounds is None else list(settings.rounds.values),
     )
     measured = _in_fresh_process(request)
     stretch = _mean_length(batches) / _mean_length([cut_like(batch, measured.length) for batch in request.training])
     judged_stretch = _mean_length(judged) / _mean_length([cut_like(batch, measured.length) for batch in judged])
-    micro = measured.micro_step * stretch + data_seconds
+    micro = measured.micro_step * stretch * _share_of_rounds(settings, budget, measured) + data_seconds
     seconds_per_step = settings.gradient_accumulation * micro + measured.optimizer
     seconds_per_evaluation = measured.evaluation * judged_stretch * math.ceil(_length(task.held_out) / per_row)
     steps, evaluations, saves = _counts(settings, budget, seconds_per_step, seconds_per_evaluation, measured.save)
@@ -155,14 +154,30 @@ def estimate(task: Task, network: Any, budget: Budget, data_bytes: int) -> Estim
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
+def _training_batches(task: Task) -> tuple[list[Batch], float]:
+    """Return batches to train on, the longest one among them, and seconds to make each.
+
+    A schedule of lengths keeps the tokens of a step about equal, and so its time and memory: they are those of the
+    longest.
+    """
+    start = time.perf_counter()
+    most = {} if task.settings.rounds is None else {"num_hashes": max(task.settings.rounds.values)}
+    if task.stream is not None:
+        made, seconds = task.stream.longest_batches(_BATCHES)
+        start = time.perf_counter()
+        batches = [{**_without_draws(task, batch), **most} for batch in made]
+        return batches, seconds + (time.perf_counter() - start) / len(batches)
+    groups = _groups(_some_rows(task.train, _ROWS), task.settings.batch_size)
+    batches = [{**_batch(task, rows), **most} for rows in groups]
+    return batches, (time.perf_counter() - start) / len(batches)
+
+
 def _length(rows: Any) -> int:
     return len(rows)
 
 
 def _some_rows(rows: Any, count: int) -> list[Batch]:
-    """Return rows from all over the data, or the first ones where it is a stream."""
-    if not hasattr(rows, "__getitem__"):
-        return list(itertools.islice(iter(rows), count))
+    """Return rows from all over the data."""
     length = len(rows)
     return [rows[index] for index in sorted({place * length // count for place in range(count)})]
 
@@ -183,9 +198,14 @@ def _groups(rows: list[Batch], size: int) -> Iterable[list[Batch]]:
 
 
 def _batch(task: Task, rows: list[Batch]) -> Batch:
+    return _without_draws(task, task.collate(rows))
+
+
+def _without_draws(task: Task, batch: Batch) -> Batch:
+    """Return what the model takes of a batch; torch's default generator stays as it is."""
     state = torch.get_rng_state()
     try:
-        return task.model_inputs(task.collate(rows))
+        return task.model_inputs(batch)
     finally:
         torch.set_rng_state(state)
 
@@ -228,6 +248,16 @@ def _counts(settings: Any, budget: Budget, step: float, evaluation: float, save:
         evaluations = 1 + (evaluations - 1 if settings.eval_interval is None else steps // settings.eval_interval)
         saves = saves if settings.save_interval is None else steps // settings.save_interval
     return steps, evaluations, saves
+
+
+def _share_of_rounds(settings: Any, budget: Budget, measured: Calibration) -> float:
+    """Return what steps take on average, over what those with the most rounds of hashing take."""
+    if settings.rounds is None or not measured.by_rounds:
+        return 1.0
+    parts = list(zip(settings.rounds.shares(budget.max_steps), measured.by_rounds, strict=True))
+    if budget.max_steps is None and settings.rounds.by_fraction:
+        return 1.0 / sum(share / seconds for share, seconds in parts)  # shares of the clock
+    return sum(share * seconds for share, seconds in parts)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from flash_reformer.training.building import (
 )
 from flash_reformer.training.checkpoints import own_checkpoints, step_of
 from flash_reformer.training.estimate import Estimate, data_memory, estimate
-from flash_reformer.training.lengths import StreamPosition
+from flash_reformer.training.lengths import StreamPosition, grow_positions
 from flash_reformer.training.memory import memory_of_process
 from flash_reformer.training.progress import ProgressCallback, Report
 from flash_reformer.training.quiet import quiet_transformers
@@ -44,6 +44,7 @@ from flash_reformer.training.run_folder import (
     write_settings,
 )
 from flash_reformer.training.settings import TrainingSettings
+from flash_reformer.training.sharding import views_between_layers
 from flash_reformer.training.sharing import check_sharing, replicas, stop_sharing
 from flash_reformer.training.signals import Terminated, stop_on_sigterm
 from flash_reformer.training.tasks import Task
@@ -163,8 +164,12 @@ def dry_run(
     before = memory_of_process()
     training = {**training, "output": training.get("output") or "nowhere"}
     kind, settings, fields = _asked(task, training, model, preset)
+    about = "ranks, and a dry run is of one process: leave it out"
+    settings.refuse_without(False, "parallel find_unused_parameters static_graph cpu_offload sequence_parallel", about)
     _check_devices(settings)
     prepared, network = prepare(kind, settings, fields)
+    if getattr(settings, "grow_positions", False):
+        grow_positions(network, settings.seq_len, settings.seed)  # what the run ends with
     return estimate(prepared, network, _budget(prepared, None), data_memory(before))
 
 
@@ -278,7 +283,7 @@ def _run(
     watchers = []
     if report is not None and ranks.is_main():
         watchers.append(ProgressCallback(report, budget, functools.partial(tokens_of, task), task.measure, settings))
-    with stop_on_sigterm() as request, quiet_transformers():
+    with stop_on_sigterm() as request, quiet_transformers(), views_between_layers():
         trainer = TaskTrainer(
             task,
             budget,

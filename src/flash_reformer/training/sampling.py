@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.generation.streamers import BaseStreamer
 
 from flash_reformer.models.modeling_language import ReformerModelWithLMHead
@@ -22,9 +23,11 @@ def load_language_model(folder: str | Path) -> Any:
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} is no saved model: there is no config.json in it")
     with quiet_transformers():
+        saved, _ = PreTrainedConfig.get_config_dict(path)
+        # First of all: what a causal model refuses of such a config would say nothing of what is wrong.
+        if not saved.get("is_decoder", False):
+            raise ValueError(f"{path} is no causal language model: its config says is_decoder=False")
         model = ReformerModelWithLMHead.from_pretrained(path)
-    if not model.config.is_decoder:
-        raise ValueError(f"{path} is no causal language model: its config says is_decoder=False")
     return model.eval()
 
 

@@ -54,3 +54,14 @@ class Schedule:
         """Return the value for the step after ``step`` steps, when ``fraction`` of the run is done."""
         done = fraction if self.by_fraction else step
         return [value for start, value in zip(self.starts, self.values, strict=True) if start <= done][-1]
+
+    def shares(self, steps: int | None) -> list[float]:
+        """Return the part of a run of ``steps`` steps that each value has; with their number unknown, the last has all.
+
+        >>> Schedule.parse("0:1,30:2", "num_hashes_schedule", low=1).shares(40)
+        [0.75, 0.25]
+        """
+        if not self.by_fraction and steps is None:
+            return [0.0] * (len(self.values) - 1) + [1.0]
+        starts = [min(1.0, start if self.by_fraction else start / (steps or 1)) for start in self.starts]
+        return [later - earlier for earlier, later in itertools.pairwise([*starts, 1.0])]

@@ -240,7 +240,8 @@ class TextSettings(TrainingSettings):
             raise ValueError(f"{name} with fractions of the run needs max_steps alone; or give starts in steps")
         if self.keep == "best" or self.early_stopping is not None:
             asked = "keep 'best'" if self.keep == "best" else f"early_stopping {self.early_stopping}"
-            raise ValueError(f"{name} contradicts {asked}: evaluations at different lengths do not compare")
+            way = "give --keep last" if self.keep == "best" else "leave it out"
+            raise ValueError(f"{name} contradicts {asked}: evaluations at different lengths do not compare; {way}")
 
     def check_sources(self) -> None:
         """Refuse no text, or two sources of it."""

@@ -29,13 +29,13 @@ def replicas(settings: TrainingSettings) -> int:
     return ranks.world_size() // settings.sequence_parallel
 
 
-def share_sequences(model: nn.Module, shared: int) -> None:
-    """Spread a model's sequences over every ``shared`` processes. A collective call of all processes.
+def share_sequences(model: nn.Module, shared: int) -> Any:
+    """Spread a model's sequences over every ``shared`` processes; return this one's group. A collective call of all.
 
     The Trainer's engines average gradients over all processes, so nothing else has to.
     """
     if shared == 1:
-        return
+        return None
     from torch.distributed.device_mesh import init_device_mesh
 
     from flash_reformer.distributed import parallelize_sequence
@@ -44,6 +44,18 @@ def share_sequences(model: nn.Module, shared: int) -> None:
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (processes // shared, shared), mesh_dim_names=("data", "sequence"))
     parallelize_sequence(model, mesh["sequence"], reduce_gradients=False)
+    return mesh["sequence"].get_group()
+
+
+def as_drawn_by_first(inputs: dict[str, Any], group: Any) -> dict[str, Any]:
+    """Return what the first process of a group has drawn of rows that all of it share. A collective call of them."""
+    if group is None:
+        return inputs
+    drawn = {name: x.contiguous() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    for x in drawn.values():
+        if isinstance(x, torch.Tensor):
+            torch.distributed.broadcast(x, group=group, group_src=0)
+    return drawn
 
 
 def stop_sharing(model: nn.Module, shared: int) -> None:

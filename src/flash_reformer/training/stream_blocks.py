@@ -7,7 +7,10 @@ each takes its rows of every batch out of it. So where a run stands is said by a
 carries (see :meth:`BlockStream.position`), and a resumed run goes on with the very next block.
 """
 
+import copy
+import itertools
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -181,6 +184,29 @@ class BlockStream(IterableDataset[dict[str, Tensor]]):
             return None
         length = min(self.length_at(0), self.source.tokens)
         return max(1, math.ceil((self.source.tokens - 1) / (length - self.overlap)))
+
+    def longest_batches(self, count: int) -> tuple[list[dict[str, Tensor]], float]:
+        """Return the first batches of a stream whose blocks are all of the longest length, and seconds for each.
+
+        The stream itself stays where it is. Reading a window counts for all of its batches, not for the first alone.
+        """
+        stream = copy.copy(self)
+        stream.length_at = lambda _: self.longest
+        stream._rewind()
+        batches, times = [], []
+        start = time.perf_counter()
+        for batch in itertools.islice(stream, count):
+            batches.append(batch)
+            times.append(time.perf_counter() - start)
+            start = time.perf_counter()
+        assert stream._window is not None
+        drawing = min(times)
+        per_window = max(1.0, len(stream._window.starts) / self.rows)
+        return batches, drawing + (times[0] - drawing) / per_window
+
+    def _rewind(self) -> None:
+        self._window = self._reader = None
+        self._first_step, self._taken, self._positions = 0, 0, {}
 
     @property
     def epoch(self) -> int:

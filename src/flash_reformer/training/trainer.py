@@ -25,8 +25,8 @@ from flash_reformer.training.memory import current_memory, peak_memory
 from flash_reformer.training.progress import Speed
 from flash_reformer.training.safety import SafeTrainer
 from flash_reformer.training.settings import TrainingSettings
-from flash_reformer.training.sharding import fsdp_config, use_fsdp
-from flash_reformer.training.sharing import gather_rows, replicas, share_rows, share_sequences
+from flash_reformer.training.sharding import fsdp_config, leave_head_to_root, use_fsdp
+from flash_reformer.training.sharing import as_drawn_by_first, gather_rows, replicas, share_rows, share_sequences
 from flash_reformer.training.signals import StopRequest
 from flash_reformer.training.tasks import Task
 
@@ -146,7 +146,7 @@ class TaskTrainer(SafeTrainer):
             preprocess_logits_for_metrics=task.reduce,
             **kwargs,
         )
-        share_sequences(cast(torch.nn.Module, self.model), self.settings.sequence_parallel)
+        self._sharers = share_sequences(cast(torch.nn.Module, self.model), self.settings.sequence_parallel)
         # It prints every log to stdout, which belongs to whoever calls us.
         self.remove_callback(PrinterCallback)
 
@@ -156,6 +156,8 @@ class TaskTrainer(SafeTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Give the model what the task makes of a batch."""
         inputs = self.task.model_inputs(inputs)
+        if self.task.draws:
+            inputs = as_drawn_by_first(inputs, self._sharers)
         if self.settings.rounds is not None and model.training:
             step = self.state.global_step
             inputs = {**inputs, "num_hashes": self.settings.rounds.at(step, self.budget.fraction(step))}
@@ -203,6 +205,8 @@ class TaskTrainer(SafeTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Have FSDP on any device that was asked for it."""
         super().create_accelerator_and_postprocess()
+        if self.settings.parallel == "fsdp":
+            leave_head_to_root(self.accelerator)
         if self.settings.parallel == "fsdp" and not self.is_fsdp_enabled:
             use_fsdp(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True

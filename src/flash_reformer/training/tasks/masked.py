@@ -41,6 +41,7 @@ class MaskedLanguageModelling(Task):
     }
     measure: ClassVar[Measure] = Measure("accuracy on masked tokens", "masked_accuracy", "loss", greater_is_better=True)
     loss_only = False
+    draws = True
     train: WordBlocks | BlockStream
     _judged_length = 0
 

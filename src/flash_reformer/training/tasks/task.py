@@ -45,6 +45,7 @@ class Task(ABC):
         label_names: what a row holds that is an answer.
         loss_only: whether evaluation asks for nothing but the loss.
         cuts_texts: whether a row is a text of its own, cut to ``seq_len`` where it is longer.
+        draws: whether the model's inputs are drawn at random from a batch.
         train, held_out: the data.
     """
 
@@ -56,6 +57,7 @@ class Task(ABC):
     label_names: ClassVar[Sequence[str]] = ("labels",)
     loss_only: ClassVar[bool] = True
     cuts_texts: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
 
     train: Rows | BlockStream
     held_out: Rows
