@@ -8,6 +8,9 @@ FLOOR  := .venv-floor
 
 DEMO_FLAGS  ?= --preset demo --output runs/demo --overwrite
 PYTEST_ARGS ?=
+# Test processes side by side, one thread each: two cores then take half the time.
+WORKERS     ?= 2
+PYTEST      := OMP_NUM_THREADS=1 %/bin/python -m pytest -n $(WORKERS) --dist worksteal
 BENCH_FLAGS ?= --quick speed
 BENCH_GPU_FLAGS ?=
 
@@ -35,14 +38,14 @@ check: setup  ## lint, format, types
 	$(BIN)/mypy
 
 test: check  ## check, then the test suite
-	$(BIN)/python -m pytest -m "not full" $(PYTEST_ARGS)
+	$(subst %,$(VENV),$(PYTEST)) -m "not full" $(PYTEST_ARGS)
 
 test-full: check  ## everything, also the tests that take minutes; log in docs/logs/
 	@mkdir -p docs/logs
-	$(BIN)/python -m pytest $(PYTEST_ARGS) 2>&1 | tee docs/logs/test-full.log
+	$(subst %,$(VENV),$(PYTEST)) $(PYTEST_ARGS) 2>&1 | tee docs/logs/test-full.log
 
 test-floor: $(FLOOR)/.stamp  ## the reduced suite on the oldest supported transformers
-	$(FLOOR)/bin/python -m pytest -m floor $(PYTEST_ARGS)
+	$(subst %,$(FLOOR),$(PYTEST)) -m floor $(PYTEST_ARGS)
 
 bench: setup $(VENV)/.stamp-bench  ## speed and memory in about 10 minutes; BENCH_FLAGS=speed takes 25, BENCH_FLAGS= runs all
 	$(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
