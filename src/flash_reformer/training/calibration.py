@@ -227,6 +227,8 @@ def calibrate(request: Request) -> Calibration:
         whole = look == request.seq_len or cost * request.seq_len <= left
         found.length = request.seq_len if whole else max(look, min(request.seq_len, int(_WHOLE * left / cost)))
         meter.reset()
+        # The first batch is the longest.
+        steps.count = 0
         _measure_whole(steps, found, start + request.seconds * (0.8 if whole else _WHOLE), twice=twice)
         peak = meter.peak()
         found.peak = None if peak is None else max(0, peak - base)
