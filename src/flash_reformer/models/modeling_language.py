@@ -155,8 +155,8 @@ class ReformerModelWithLMHead(CachedGeneration, _LanguageModel, GenerationMixin)
         """Return what makes the summed loss of the last hidden state; None for words that the model will refuse."""
         if not isinstance(words, Tensor) or words.dim() < 2:
             return None
-        # The last position has nothing to predict; a single one is judged all the same, by nothing.
-        targets = labels[:, 1:] if labels.shape[1] > 1 else torch.full_like(labels, IGNORE_INDEX)
+        # The last position has nothing to predict. It goes along, so that what is dropped is dropped as with logits.
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         loss = functools.partial(cross_entropy_sum, backend=self.backend)
         chunk = self.config.chunk_size_lm_head or _loss_chunk(words, self.config.vocab_size)
         return self.lm_head.judge(targets, IGNORE_INDEX, loss, chunk)
