@@ -104,10 +104,12 @@ def test_memory_is_that_of_now_and_at_most():
     during, peak = memory.memory_of_process(), memory.peak_of_process()
     block.close()
     after = memory.memory_of_process()
+    # The kernel counts pages by thread and adds up now and then: what it says is off by some hundred of them.
+    slack = 2**22
     assert during - before > 0.9 * size
-    assert peak >= during
+    assert peak >= during - slack
     assert during - after > 0.9 * size
-    assert memory.peak_of_process() >= peak
+    assert memory.peak_of_process() >= peak - slack
 
 
 def test_tensorboard_gets_speed_memory_rate_and_norm(text, tmp_path):
