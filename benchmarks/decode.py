@@ -25,32 +25,17 @@ from transformers.models.reformer import ReformerConfig as TheirConfig
 from transformers.models.reformer import ReformerModelWithLMHead as TheirModel
 
 from benchmarks.depth_memory import peak_rss
+from benchmarks.shapes import NOVEL
 from flash_reformer import ReformerConfig, ReformerModelWithLMHead
 
 CONTEXTS = (512, 4096, 16_384, 65_536, 262_144)
 BATCH, BATCH_CONTEXT = 8, 4096
 PREFILL_CONTEXT, PREFILL_CHUNKS = 65_536, (None, 4096)
-FIELDS: dict[str, Any] = {
-    "attn_layers": ["local", "lsh"] * 3,
-    "hidden_size": 256,
-    "num_attention_heads": 2,
-    "attention_head_size": 64,
-    "feed_forward_size": 512,
-    "local_attn_chunk_length": 64,
-    "lsh_attn_chunk_length": 64,
-    "num_buckets": [64, 128],
-    "num_hashes": 1,
-    "axial_pos_shape": (512, 1024),
-    "axial_pos_embds_dim": (64, 192),
-    "max_position_embeddings": 524_288,
-    "vocab_size": 320,
-    "is_decoder": True,
-}
 
 
 def check_parity() -> None:
     """Refuse to go on unless cached steps equal the forward without a cache, where they must: one LSH layer."""
-    small = {**FIELDS, "attn_layers": ["local", "lsh"], "local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16}
+    small = {**NOVEL, "attn_layers": ["local", "lsh"], "local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16}
     torch.manual_seed(1)
     model = ReformerModelWithLMHead(ReformerConfig(**{**small, "num_buckets": [4, 8], "hash_seed": 0})).double().eval()
     ids = torch.randint(320, (2, 130))
@@ -154,7 +139,7 @@ def batches(model: Any, context: int, steps: int) -> dict[str, Any]:
 def prefill(context: int, chunk_size: int | None) -> dict[str, Any]:
     """Read a prompt through ``generate`` in this process and return what it took."""
     torch.manual_seed(0)
-    model = ReformerModelWithLMHead(ReformerConfig(**FIELDS)).eval()
+    model = ReformerModelWithLMHead(ReformerConfig(**NOVEL)).eval()
     prompt = torch.randint(320, (1, context), generator=torch.Generator().manual_seed(context))
     before, start = peak_rss(), time.perf_counter()
     options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 1, "prefill_chunk_size": chunk_size}
@@ -193,8 +178,8 @@ def main() -> None:
         return
     check_parity()
     torch.manual_seed(0)
-    our_model = ReformerModelWithLMHead(ReformerConfig(**FIELDS)).eval()
-    their_model = TheirModel(TheirConfig(**FIELDS)).eval()
+    our_model = ReformerModelWithLMHead(ReformerConfig(**NOVEL)).eval()
+    their_model = TheirModel(TheirConfig(**NOVEL)).eval()
     their_model.load_state_dict(our_model.state_dict())
     rows = []
     print(f"{'context':>8} {'prefill s':>10} {'theirs':>8} {'ms/token':>9} {'theirs':>9} {'faster':>7} {'cache MB':>9}")

@@ -23,7 +23,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from benchmarks.depth_memory import ROOT
-from benchmarks.sizes import NOVEL
+from benchmarks.shapes import NOVEL
 from flash_reformer.training import dry_run, train
 from flash_reformer.training.memory import memory_of_process, peak_of_process
 from flash_reformer.training.presets import PRESETS

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.facts import facts
-from benchmarks.sizes import NOVEL
+from benchmarks.shapes import NOVEL
 from flash_reformer import ReformerConfig, ReformerModelWithLMHead
 from flash_reformer.tokenization.training import train_vocabulary
 from flash_reformer.training import train
@@ -37,7 +37,6 @@ STAGES = (
 )
 MODEL = {
     **{name: value for name, value in NOVEL.items() if name not in ("vocab_size", "is_decoder")},
-    "attn_layers": ["local", "lsh"] * 3,
     "initializer_range": 0.05,
     "axial_norm_std": 0.02,
     "hidden_dropout_prob": 0.05,

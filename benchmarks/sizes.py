@@ -32,6 +32,7 @@ import transformers
 
 from benchmarks.depth_memory import ROOT, peak_rss
 from benchmarks.facts import cpu_model
+from benchmarks.shapes import NOVEL
 from flash_reformer import ReformerConfig, ReformerModelWithLMHead
 from flash_reformer.training.memory import memory_of_process
 
@@ -43,22 +44,6 @@ QUICK_DEPTHS, QUICK_DEPTH_LENGTH, QUICK_LENGTHS = (2, 4), 2_048, (1_024, 2_048, 
 TOO_MUCH = 9
 #: Kept from the sizes of transformers' configuration: what it does not have.
 OURS = ("reversible", "residual_in_fp32", "wrap_around", "lsh_attend_across_buckets", "lsh_allow_duplicate_attention")
-NOVEL: dict[str, Any] = {
-    "hidden_size": 256,
-    "num_attention_heads": 2,
-    "attention_head_size": 64,
-    "feed_forward_size": 512,
-    "local_attn_chunk_length": 64,
-    "lsh_attn_chunk_length": 64,
-    "num_buckets": [64, 128],
-    "num_hashes": 1,
-    "axial_pos_shape": (512, 1024),
-    "axial_pos_embds_dim": (64, 192),
-    "max_position_embeddings": 524_288,
-    "vocab_size": 320,
-    "is_decoder": True,
-}
-
 Row = dict[str, Any]
 
 

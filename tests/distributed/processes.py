@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 
 #: What takes seconds to import. None of it starts a thread, which a fork would lose.
 IMPORTED = [
+    "flash_reformer.distributed",
     "flash_reformer.training.recipes",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",

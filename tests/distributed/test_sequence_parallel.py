@@ -6,7 +6,6 @@ Four processes are started once, talk by gloo, and go through all cases, by four
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from flash_reformer.distributed import parallelize_sequence, unparallelize_sequence
+from tests.distributed.processes import start_ranks
 from tests.distributed.sequence_cases import CASES, Results, Spread, build, gradients, ids_of
 
 RANKS = 4
-PRELOADED = ("flash_reformer.distributed", "flash_reformer.models.modeling_heads", "torch.distributed.fsdp")
 
 
 def train_on(model: nn.Module, number: int) -> Results:
@@ -165,11 +163,7 @@ def on_a_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    # Where there is a server to fork from, it imports once for all of them.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    if method == "forkserver":
-        multiprocessing.set_forkserver_preload(list(PRELOADED))
-    mp.start_processes(on_a_rank, args=(str(folder),), nprocs=RANKS, start_method=method)
+    start_ranks(on_a_rank, RANKS, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 

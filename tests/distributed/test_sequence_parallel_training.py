@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.utils import parameters_to_vector
 
 from flash_reformer.training import ranks
@@ -22,7 +20,7 @@ from flash_reformer.training.signals import StopRequest
 from flash_reformer.training.tasks import TASKS
 from flash_reformer.training.trainer import TaskTrainer
 from flash_reformer.training.vocabulary import Vocabulary
-from tests.distributed.test_sequence_parallel import PRELOADED
+from tests.distributed.processes import start_ranks
 from tests.training.runs import QUICK, TINY
 
 RANKS, SHARED = 4, 2
@@ -72,10 +70,7 @@ def on_a_rank(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_groups_of_ranks_train_as_one_process_does_with_larger_batches(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("".join(f"line {n} of a text that repeats itself\n" for n in range(120)))
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    if method == "forkserver":
-        multiprocessing.set_forkserver_preload(list(PRELOADED))
-    mp.start_processes(on_a_rank, args=(str(tmp_path),), nprocs=RANKS, start_method=method)
+    start_ranks(on_a_rank, RANKS, str(tmp_path))
     expected = run(tmp_path, output=str(tmp_path / "one"), batch_size=RANKS // SHARED)
     for rank in range(RANKS):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
